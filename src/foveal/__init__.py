@@ -1,0 +1,1 @@
+"""foveal: the full attention stack, from kernels to a serving engine."""

@@ -1,0 +1,1 @@
+"""One attention, many backends: spec, mask, merge, selection and the one door."""

@@ -1,0 +1,1 @@
+"""The terminal door: one file for each command."""

@@ -1,0 +1,1 @@
+"""From requests to tokens: sampling, generation, the LLM door."""

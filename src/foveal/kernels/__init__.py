@@ -1,0 +1,1 @@
+"""Raw code that computes: portable PyTorch, and native kernels where they are built."""

@@ -1,0 +1,1 @@
+"""Kernels written in plain PyTorch operators: they run anywhere."""

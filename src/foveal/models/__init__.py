@@ -1,0 +1,1 @@
+"""Whole networks and their files: one decoder, families as data."""

@@ -1,0 +1,1 @@
+"""The layers of a transformer: norm, rotary positions, MLP, attention, block."""

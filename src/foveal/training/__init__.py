@@ -1,0 +1,1 @@
+"""From text to weights: data, loss, optimiser, checkpoints, the training loop."""
