@@ -146,7 +146,7 @@ class AttentionSpec:
             words.append(f"window {left}" if self.causal else f"window {left}:{right}")
         for name in ("chunk", "sinks", "scale", "softcap", "dropout"):
             value = getattr(self, name)
-            if value:
+            if value or (name == "scale" and value is not None):
                 words.append(f"{name} {value:g}")
         if self.alibi is not None:
             words.append("ALiBi")
@@ -187,9 +187,11 @@ class AttentionSpec:
             raise ArgumentError("softcap", self.softcap, "a positive number, or None")
         if not 0 <= self.dropout < 1:
             raise ArgumentError("dropout", self.dropout, "a probability in [0, 1)")
-        if self.alibi is not None and len(self.alibi) != self.num_heads:
-            accepted = f"one slope for each of {self.num_heads} heads, or None"
-            raise ArgumentError("alibi", f"{len(self.alibi)} slopes", accepted)
+        if self.alibi is not None and (
+            len(self.alibi) != self.num_heads or not all(map(math.isfinite, self.alibi))
+        ):
+            accepted = f"a finite slope for each of {self.num_heads} heads, or None"
+            raise ArgumentError("alibi", self.alibi, accepted)
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:
