@@ -124,6 +124,8 @@ CASES: tuple[Case, ...] = (
     Case(name="causal-long", spec=spec(2, 1, 24, causal=True), batch=1, lq=300, lk=300),
     Case(name="causal-fewer-queries", spec=spec(causal=True), lq=5, lk=41),
     Case(name="causal-more-queries", spec=spec(causal=True), lq=41, lk=5),
+    Case(name="full-more-queries", spec=spec(), lq=41, lk=5),
+    Case(name="window-more-queries", spec=spec(window=(9, 3)), lq=41, lk=13),
     Case(name="decode", spec=spec(8, 2, causal=True), lq=1, lk=257),
     Case(name="decode-full", spec=spec(4, 1), lq=1, lk=100),
     Case(name="value-dim", spec=spec(4, 2, 16, 24, causal=True)),

@@ -19,8 +19,8 @@ a lucky baseline proves nothing."""
 
 
 def visible(spec: AttentionSpec, p_q: int, p_k: int) -> bool:
-    """Whether the query at position p_q sees the key at position p_k."""
-    if p_q < 0 or p_k < 0 or (spec.causal and p_k > p_q):
+    """Whether the query at position p_q sees the key at position p_k, neither being a pad."""
+    if spec.causal and p_k > p_q:
         return False
     if p_k < spec.sinks:
         return True
@@ -37,11 +37,17 @@ def visibility(spec: AttentionSpec, batch: int, lq: int, lk: int, given: Operand
     q_pos = torch.arange(lq) + lk - lq if given.q_positions is None else given.q_positions
     k_pos = torch.arange(lk) if given.kv_positions is None else given.kv_positions
     q_rows, k_rows = (p.expand(batch, -1).tolist() for p in (q_pos, k_pos))
+    # Only a given position below 0 is a pad: with more queries than keys the default ones begin
+    # below 0, and still see what a window or no causality lets them.
+    first = -math.inf if given.q_positions is None else 0
     lengths = [lk] * batch if given.kv_lengths is None else given.kv_lengths.tolist()
     seen = torch.tensor(
         [
             [
-                [j < lengths[b] and visible(spec, p, k_rows[b][j]) for j in range(lk)]
+                [
+                    j < lengths[b] and p >= first and k >= 0 and visible(spec, p, k)
+                    for j, k in enumerate(k_rows[b])
+                ]
                 for p in q_rows[b]
             ]
             for b in range(batch)

@@ -31,9 +31,11 @@ class Operands:
     kv_lengths: torch.Tensor | None = None
     """Integer [B]: keys j >= kv_lengths[b] are hidden. Positions do not move."""
     q_positions: torch.Tensor | None = None
-    """Integer [B, Lq] or [Lq]; default i + Lk - Lq. Negative: the query sees nothing."""
+    """Integer [B, Lq] or [Lq]; default i + Lk - Lq. A given position below 0 marks a pad,
+    which sees nothing."""
     kv_positions: torch.Tensor | None = None
-    """Integer [B, Lk] or [Lk]; default j. Negative: the slot holds nothing and is hidden."""
+    """Integer [B, Lk] or [Lk]; default j. A position below 0 marks an empty slot, which is
+    hidden."""
     seed: int | None = None
     """Seed of dropout; None draws one from PyTorch's default generator."""
 
