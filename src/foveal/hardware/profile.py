@@ -1,5 +1,6 @@
 """What this machine is: `Machine`, found by `detect.detect()`. Facts only, no measurements."""
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 
@@ -40,5 +41,9 @@ class Machine:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits by which measurements of this machine are filed."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
+        """Twelve hexadecimal digits by which measurements of this machine are filed.
+
+        Leaves out `memory_bytes`: no speed depends on it, and it differs from boot to boot.
+        """
+        facts = repr(dataclasses.replace(self, memory_bytes=0))
+        return hashlib.sha256(facts.encode()).hexdigest()[:12]
