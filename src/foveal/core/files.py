@@ -4,15 +4,19 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 
 def cache_dir() -> Path:
     """The folder for calibrations and tuning tables: `$FOVEAL_CACHE`, else `~/.cache/foveal`."""
-    root = os.environ.get("FOVEAL_CACHE")
-    if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foveal"
+    return _cache_dir(os.environ.get("FOVEAL_CACHE"), os.environ.get("XDG_CACHE_HOME"))
+
+
+@lru_cache(maxsize=8)
+def _cache_dir(own: str | None, shared: str | None) -> Path:
+    """Cached because the folder is looked at in every call of `attend`."""
+    return Path(own) if own else Path(shared or Path.home() / ".cache") / "foveal"
 
 
 @contextmanager

@@ -19,9 +19,10 @@ import torch
 
 from foveal.hardware.profile import Gpu, Machine
 
-X86_SETS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
-X86_SETS += ("avx512_fp16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "amx_fp16")
-ARM_SETS = ("asimd", "asimdhp", "asimddp", "fphp", "bf16", "i8mm")
+X86_SETS: tuple[str, ...] = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl")
+X86_SETS += ("avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni")
+X86_SETS += ("amx_tile", "amx_int8", "amx_bf16", "amx_fp16")
+ARM_SETS: tuple[str, ...] = ("asimd", "asimdhp", "asimddp", "fphp", "bf16", "i8mm")
 ARM_SETS += ("sve", "sve2", "svebf16", "sme", "sme2")
 KNOWN_SETS = X86_SETS + ARM_SETS
 """Instruction sets that attention kernels can make use of, under the names Linux gives them."""
