@@ -43,8 +43,9 @@ class Backend(Protocol):
         """Compute `out` [B, H, Lq, Dv] in q's dtype and `lse` [B, H, Lq], the natural log-sum-exp
         of the visible scores, in float32 (float64 for float64 inputs).
 
-        Inputs are [B, H, Lq, D], [B, Hkv, Lk, D], [B, Hkv, Lk, Dv] with any strides. A row in
-        which nothing is visible gives zeros and -inf. Differentiable with respect to q, k, v
+        Inputs are [B, H, Lq, D], [B, Hkv, Lk, D], [B, Hkv, Lk, Dv] with any strides and
+        no empty dimension (the door answers those). A row in which nothing is visible gives
+        zeros and -inf. Differentiable with respect to q, k, v
         (and the bias and through lse where `refuse` accepted that). `operands.sink_logits` is
         not the backend's concern: the door merges it into the result.
         """

@@ -1,9 +1,11 @@
 """How big the call is: the sizes and circumstances by which backends refuse, price and compete."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
+from foveal.attention.operands import Operands
 from foveal.core.dtypes import dtype_name
 
 
@@ -30,6 +32,37 @@ class Workload:
     """The call is `attend_varlen`."""
     strided_head: bool = False
     """Some input's last dimension is not contiguous."""
+
+    @classmethod
+    def of(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        operands: Operands,
+        *,
+        return_lse: bool = False,
+    ) -> Self:
+        """The workload of one call on `[B, H, L, D]` tensors. A caller who asks for the
+        log-sum-exp of inputs that require gradients may send a gradient through it."""
+        inputs = [q, k, v]
+        present = operands.present
+        if operands.bias is not None:
+            inputs.append(operands.bias)
+            if operands.bias.requires_grad:
+                present |= {"bias_grad"}
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        return cls(
+            batch=q.shape[0],
+            q_len=q.shape[2],
+            kv_len=k.shape[2],
+            dtype=q.dtype,
+            device=q.device.type,
+            needs_grad=needs_grad,
+            needs_lse_grad=needs_grad and (return_lse or operands.sink_logits is not None),
+            operands=present,
+            strided_head=any(x.stride(-1) != 1 for x in (q, k, v)),
+        )
 
     def __str__(self) -> str:
         words = [f"B={self.batch} Lq={self.q_len} Lk={self.kv_len}"]

@@ -1,0 +1,156 @@
+"""The one door to attention: `attend` for [B, H, L, D] tensors, `attend_varlen` for packed ones.
+
+A call is checked once, a backend is chosen (`select.choose`) and run, and learned sink logits are
+merged into its result here, the same way for all.
+"""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from typing import Unpack
+
+import torch
+
+from foveal.attention.backend import Backend
+from foveal.attention.merge import with_sink
+from foveal.attention.operands import OperandFields, Operands
+from foveal.attention.select import choose
+from foveal.attention.spec import AttentionSpec
+from foveal.attention.validate import check, check_budget, check_packed, read_bounds
+from foveal.attention.workload import Workload
+from foveal.core.dtypes import accumulate_dtype
+from foveal.core.errors import ArgumentError
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec | None = None,
+    *,
+    backend: str = "auto",
+    return_lse: bool = False,
+    memory_budget: int | None = None,
+    **operands: Unpack[OperandFields],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of queries [B, H, Lq, D] over keys [B, Hkv, Lk, D] and values [B, Hkv, Lk, Dv].
+
+    `spec` says what is computed, None full attention. `operands` are the tensors beside it
+    (`Operands` gives their shapes). `backend` names who computes, "auto" chooses by memory and
+    time, and `explain` tells why. `memory_budget` bounds the temporaries, in bytes.
+
+    Returns `out` [B, H, Lq, Dv] in q's dtype and, with `return_lse`, the natural log-sum-exp of
+    the visible scores, [B, H, Lq] in float32 (float64 for float64). A row in which nothing is
+    visible gives zeros and -inf, and sends no gradient.
+
+    Raises `ArgumentError` for a bad argument, `Unsupported` if every backend (or the named one)
+    refuses, with the reasons, and `BudgetExceeded` if none fits the budget.
+    """
+    given = Operands(**operands)
+    spec = check(q, k, v, spec, given)
+    check_budget(memory_budget)
+    workload = Workload.of(q, k, v, given, return_lse=return_lse)
+    choice = choose(spec, workload, backend=backend, memory_budget=memory_budget)
+    out, lse = _compute(choice.backend, q, k, v, spec, _seeded(given, spec))
+    return (out, lse) if return_lse else out
+
+
+def attend_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    backend: str = "auto",
+    return_lse: bool = False,
+    memory_budget: int | None = None,
+    **operands: Unpack[OperandFields],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention within sequences packed one after another, without padding.
+
+    q is [tokens, H, D], k [tokens of keys, Hkv, D], v [tokens of keys, Hkv, Dv]. Sequence i has
+    the queries `cu_seqlens_q[i]` up to `cu_seqlens_q[i + 1]`, and likewise its keys; the bounds
+    are integers [sequences + 1], and a sequence may be empty. Positions, if given, are [tokens];
+    mask, bias and kv_lengths belong to unpacked calls. Sequence i drops what `attend` drops with
+    the seed `seed + i * 2**32`.
+
+    Returns `out` [tokens, H, Dv] and, with `return_lse`, `lse` [tokens, H]. Otherwise as `attend`.
+    """
+    given = Operands(**operands)
+    spec = check_packed(q, k, v, spec, given)
+    check_budget(memory_budget)
+    q_bounds = read_bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    k_bounds = read_bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    if len(q_bounds) != len(k_bounds):
+        accepted = f"{len(q_bounds)} bounds, as cu_seqlens_q"
+        raise ArgumentError("cu_seqlens_k", f"{len(k_bounds)} bounds", accepted)
+    rows, columns = list(pairwise(q_bounds)), list(pairwise(k_bounds))
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    workload = replace(
+        Workload.of(q, k, v, given, return_lse=return_lse),
+        batch=len(rows),
+        q_len=max((stop - start for start, stop in rows), default=0),
+        kv_len=max((stop - start for start, stop in columns), default=0),
+        packed=True,
+    )
+    choice = choose(spec, workload, backend=backend, memory_budget=memory_budget)
+    given = _seeded(given, spec)
+    parts = [(q[:, :, :0], k[:, :, :0], v[:, :, :0], given)]
+    for i, ((a, b), (c, d)) in enumerate(zip(rows, columns, strict=True)):
+        parts.append(
+            (q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], _sequence(given, i, (a, b), (c, d)))
+        )
+    results = [_compute(choice.backend, *part[:3], spec, part[3]) for part in parts]
+    out = torch.cat([out for out, _ in results], dim=2).squeeze(0).transpose(0, 1)
+    lse = torch.cat([lse for _, lse in results], dim=2).squeeze(0).transpose(0, 1)
+    return (out, lse) if return_lse else out
+
+
+def _compute(
+    backend: Backend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec,
+    operands: Operands,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a backend; answer calls with nothing in them; let the sink logits join."""
+    if q.numel() and k.numel():
+        out, lse = backend.run(q, k, v, spec, operands)
+    else:
+        out, lse = _nothing(q, k, v)
+    if operands.sink_logits is not None:
+        out, lse = with_sink(out, lse, operands.sink_logits)
+    return out, lse
+
+
+def _nothing(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result where there are no queries or no keys; gradients reach the inputs as zeros."""
+    zero = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1]) + zero
+    lse = q.new_full(q.shape[:-1], -math.inf, dtype=accumulate_dtype(q.dtype)) + zero
+    return out, lse
+
+
+def _seeded(operands: Operands, spec: AttentionSpec) -> Operands:
+    """The operands with a seed, drawn from PyTorch's default generator if dropout lacks one."""
+    if not spec.dropout or operands.seed is not None:
+        return operands
+    return replace(operands, seed=int(torch.randint(2**63 - 1, ())))
+
+
+def _sequence(
+    operands: Operands, index: int, rows: tuple[int, int], columns: tuple[int, int]
+) -> Operands:
+    """The operands of one sequence of a packed call."""
+    q_positions, kv_positions, seed = operands.q_positions, operands.kv_positions, operands.seed
+    return replace(
+        operands,
+        q_positions=None if q_positions is None else q_positions[slice(*rows)],
+        kv_positions=None if kv_positions is None else kv_positions[slice(*columns)],
+        seed=None if seed is None else seed + (index << 32),
+    )

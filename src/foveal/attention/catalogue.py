@@ -1,0 +1,8 @@
+"""The backends there are, in the order in which ties are broken. A new one is one line here."""
+
+from foveal.attention.backend import Backend
+from foveal.attention.backends.unfused import Unfused
+
+BACKENDS: tuple[Backend, ...] = (Unfused(),)
+
+BY_NAME: dict[str, Backend] = {backend.name: backend for backend in BACKENDS}
