@@ -105,7 +105,7 @@ def interleave(
         raise ArgumentError("min_samples", min_samples, "1 or more")
     start = time.perf_counter()
     for run in list(candidates.values()) * WARM_UP_CALLS:
-        _time_one(run, device)
+        time_one(run, device)
     watch = _Neighbours()
     taken: list[tuple[str, float]] = []
     shares: list[float] = []
@@ -115,7 +115,7 @@ def interleave(
     try:
         while num_rounds < min_samples or time.perf_counter() - start < budget_s:
             for name in random.sample(list(candidates), len(candidates)):
-                taken.append((name, _time_one(candidates[name], device)))
+                taken.append((name, time_one(candidates[name], device)))
                 if watch.elapsed_s >= STRETCH_S:
                     shares += [watch.share()] * (len(taken) - len(shares))
             num_rounds += 1
@@ -133,7 +133,8 @@ def _samples_of(name: str, taken: list[tuple[str, float]], shares: list[float]) 
     return Samples(seconds=tuple(s for s, _ in own), others=tuple(share for _, share in own))
 
 
-def _time_one(run: Callable[[], object], device: str) -> float:
+def time_one(run: Callable[[], object], device: str = "cpu") -> float:
+    """Seconds of one call, on "cuda" until the device has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -170,7 +171,7 @@ class _Neighbours:
         self._start = time.perf_counter()
         self._own = time.process_time()
         cores = psutil.cpu_times(percpu=True)
-        self._busy = sum(
+        self._busy: float = sum(
             seconds
             for i in self._cpus
             for state, seconds in cores[i]._asdict().items()
