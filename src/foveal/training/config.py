@@ -14,8 +14,46 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from foveal.core.errors import ConfigError
+from foveal.models.config import ModelConfig
+from foveal.nn.rope import RopeConfig
 
 Section = TypeVar("Section")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRecipe:
+    """The shape of a Llama: rotary positions, RMSNorm, gated MLP, no biases. The vocabulary is the
+    tokenizer's."""
+
+    width: int = 192
+    """E: size of a token's vector between blocks."""
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    mlp_width: int = 512
+    """F: size between the matrices of an MLP."""
+    max_positions: int = 512
+    """Tokens per sequence that the model is made for; at least the context of training."""
+    rope_theta: float = 10_000.0
+    tied: bool = True
+    """The output matrix is the token embedding."""
+
+    def config(self, vocab_size: int) -> ModelConfig:
+        """The model. Raises `ConfigError` for sizes that do not fit together."""
+        return ModelConfig(
+            family="llama",
+            vocab_size=vocab_size,
+            width=self.width,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            mlp_width=self.mlp_width,
+            max_positions=self.max_positions,
+            rope=RopeConfig(dim=self.head_dim, theta=self.rope_theta),
+            tied=self.tied,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +105,8 @@ class RunRecipe:
 
     steps: int = 1000
     """Updates of the weights."""
+    time_limit_s: float = 0.0
+    """Seconds after which the run ends, its schedule fitted to them; 0 is no limit."""
     batch: int = 16
     """Rows that go through the model at once."""
     accumulate: int = 1
@@ -85,21 +125,26 @@ class RunRecipe:
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "log_every", "evaluate_every"):
-            _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
-        for name in ("evaluate_rows", "checkpoint_every"):
-            _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
+        least = dict.fromkeys(("steps", "batch", "accumulate", "log_every", "evaluate_every"), 1)
+        least |= {"evaluate_rows": 1, "checkpoint_every": 1, "seed": 0, "time_limit_s": 0}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            _require(value >= lowest, f"run.{name}", value, f"at least {lowest}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """One training run. Frozen; `replace` gives a changed copy."""
 
-    model: Mapping[str, Any]
-    """The model's shape, in the words of a Hugging Face `config.json`."""
+    model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     optimiser: OptimiserRecipe = field(default_factory=OptimiserRecipe)
     run: RunRecipe = field(default_factory=RunRecipe)
+
+    def __post_init__(self) -> None:
+        most, context = self.model.max_positions, self.data.context
+        accepted = f"1 to model.max_positions = {most}"
+        _require(1 <= context <= most, "data.context", context, accepted)
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -113,27 +158,14 @@ class Recipe:
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`."""
-        sections = {"model", "data", "optimiser", "run"}
-        if unknown := set(table) - sections:
-            accepted = ", ".join(sorted(sections))
-            raise ConfigError(f"recipe: unknown {', '.join(sorted(unknown))}; accepted: {accepted}")
-        if not isinstance(table.get("model"), Mapping):
-            raise ConfigError("recipe: needs a table [model], the fields of a config.json")
-        return cls(
-            model=dict(table["model"]),
-            data=_section(DataRecipe, table.get("data", {}), "data"),
-            optimiser=_section(OptimiserRecipe, table.get("optimiser", {}), "optimiser"),
-            run=_section(RunRecipe, table.get("run", {}), "run"),
-        )
+        kinds = get_type_hints(cls)
+        if unknown := ", ".join(sorted(set(table) - set(kinds))):
+            raise ConfigError(f"recipe: unknown {unknown}; accepted: {', '.join(kinds)}")
+        return cls(**{name: _section(kinds[name], table[name], name) for name in table})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain tables, as in the TOML file."""
-        return {
-            "model": dict(self.model),
-            "data": dataclasses.asdict(self.data),
-            "optimiser": dataclasses.asdict(self.optimiser),
-            "run": dataclasses.asdict(self.run),
-        }
+        return dataclasses.asdict(self)
 
     def override(self, **changes: Any) -> Self:
         """A copy with some fields changed, named `section_field`; None leaves a field alone."""
@@ -167,7 +199,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         return tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    right = isinstance(value, hint) and not isinstance(value, bool)
+    right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     _require(right, where, repr(value), f"a value of type {hint.__name__}")
     return value
 

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,29 +23,12 @@ import torch
 
 from foveal.core.errors import ConfigError, LoadError
 from foveal.core.files import atomic_path, write_text
+from foveal.text.tokenizer import Tokenizer
 from foveal.training.corpus import HELDOUT_SHARE, Document
 from foveal.training.loss import IGNORE
 
-Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-
-
-class Encoder(Protocol):
-    """What is needed of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-
-    @property
-    def begin_id(self) -> int:
-        """The token that opens a document."""
-
-    @property
-    def end_id(self) -> int:
-        """The token that closes a document."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text itself, without begin and end."""
+Tokens = npt.NDArray[Any]
+DType = np.dtype[Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,12 +55,15 @@ class Streams:
     begin_id: int
 
 
-def write_streams(found: Iterable[Document], encoder: Encoder, folder: Path) -> None:
+def write_streams(found: Iterable[Document], tokenizer: Tokenizer, folder: Path) -> None:
     """Write `train.bin`, `heldout.bin` and, last, `data.json`, which says that both are whole.
 
     Held out are the documents that `Document.held_out` draws; of fewer than twenty documents, the
     last twentieth of each.
     """
+    if tokenizer.bos_id is None or not tokenizer.eos_ids:
+        raise ConfigError("tokenizer: needs tokens that begin and end a text (bos and eos)")
+    ends = (tokenizer.bos_id, tokenizer.eos_ids[0])
     texts = [(document, text) for document in found if (text := document.read())]
     if len(texts) >= HELDOUT_SHARE:
         train = [text for document, text in texts if not document.held_out]
@@ -86,12 +72,12 @@ def write_streams(found: Iterable[Document], encoder: Encoder, folder: Path) -> 
         cuts = [len(text) - len(text) // HELDOUT_SHARE for _, text in texts]
         train = [text[:cut] for (_, text), cut in zip(texts, cuts, strict=True)]
         heldout = [text[cut:] for (_, text), cut in zip(texts, cuts, strict=True)]
-    dtype = np.dtype(np.uint16 if encoder.vocab_size <= 2**16 else np.uint32)
+    dtype: DType = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     facts = {
         "dtype": dtype.name,
-        "begin_id": encoder.begin_id,
-        "train": asdict(_write(train, encoder, dtype, folder / "train.bin")),
-        "heldout": asdict(_write(heldout, encoder, dtype, folder / "heldout.bin")),
+        "begin_id": ends[0],
+        "train": asdict(_write(folder / "train.bin", train, tokenizer, ends, dtype)),
+        "heldout": asdict(_write(folder / "heldout.bin", heldout, tokenizer, ends, dtype)),
     }
     write_text(folder / "data.json", json.dumps(facts, indent=2) + "\n")
 
@@ -112,12 +98,15 @@ def read_streams(folder: Path) -> Streams:
     return Streams(streams[0], streams[1], train, heldout, facts["begin_id"])
 
 
-def _write(texts: list[str], encoder: Encoder, dtype: np.dtype, path: Path) -> StreamFacts:
+def _write(
+    path: Path, texts: list[str], tokenizer: Tokenizer, ends: tuple[int, int], dtype: DType
+) -> StreamFacts:
     num_bytes = num_tokens = 0
     digest = hashlib.sha256()
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         for text in texts:
-            ids = np.array([encoder.begin_id, *encoder.encode(text), encoder.end_id], dtype=dtype)
+            inner = tokenizer.encode(text, special=False)
+            ids = np.array([ends[0], *inner, ends[1]], dtype=dtype)
             file.write(ids.tobytes())
             digest.update(ids.tobytes())
             num_bytes += len(text.encode())

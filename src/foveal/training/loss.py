@@ -40,7 +40,7 @@ def cross_entropy_sum(
     if len(rows) <= size:
         return _chunk_sum(rows, wanted, logits_of)
     total = torch.zeros((), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
-    for part, want in zip(rows.split(size), wanted.split(size), strict=True):
+    for part, want in zip(torch.split(rows, size), torch.split(wanted, size), strict=True):
         total = total + checkpoint(_chunk_sum, part, want, logits_of, use_reentrant=False)
     return total
 

@@ -72,12 +72,9 @@ class Trainer:
         model: Decoder,
         streams: Streams,
         recipe: Recipe,
-        *,
         out: Path,
-        time_limit_s: float | None = None,
     ) -> None:
         self.model, self.streams, self.recipe, self.out = model, streams, recipe, out
-        self.time_limit_s = time_limit_s
         self.optimiser = build_optimiser(model, recipe.optimiser)
         self.curve = Curve(out / CURVE)
         self.counters = Counters()
@@ -94,8 +91,9 @@ class Trainer:
     @property
     def progress(self) -> float:
         """Share of the run that is done, by steps or by time, whichever is further."""
-        by_time = 0.0 if self.time_limit_s is None else self.seconds / self.time_limit_s
-        return min(1.0, max(self.counters.step / self.recipe.run.steps, by_time))
+        run = self.recipe.run
+        by_time = self.seconds / run.time_limit_s if run.time_limit_s else 0.0
+        return min(1.0, max(self.counters.step / run.steps, by_time))
 
     @property
     def tokens_per_step(self) -> int:
