@@ -51,7 +51,7 @@ def attend(
     check_budget(memory_budget)
     workload = Workload.of(q, k, v, given, return_lse=return_lse)
     choice = choose(spec, workload, backend=backend, memory_budget=memory_budget)
-    out, lse = _compute(choice.backend, q, k, v, spec, _seeded(given, spec))
+    out, lse = _compute(choice.backend, q, k, v, spec, seeded(given, spec))
     return (out, lse) if return_lse else out
 
 
@@ -96,7 +96,7 @@ def attend_varlen(
         packed=True,
     )
     choice = choose(spec, workload, backend=backend, memory_budget=memory_budget)
-    given = _seeded(given, spec)
+    given = seeded(given, spec)
     parts = [(q[:, :, :0], k[:, :, :0], v[:, :, :0], given)]
     for i, ((a, b), (c, d)) in enumerate(zip(rows, columns, strict=True)):
         parts.append(
@@ -136,8 +136,8 @@ def _nothing(
     return out, lse
 
 
-def _seeded(operands: Operands, spec: AttentionSpec) -> Operands:
-    """The operands with a seed, drawn from PyTorch's default generator if dropout lacks one."""
+def seeded(operands: Operands, spec: AttentionSpec) -> Operands:
+    """The operands, with a seed drawn from PyTorch's default generator if dropout lacks one."""
     if not spec.dropout or operands.seed is not None:
         return operands
     return replace(operands, seed=int(torch.randint(2**63 - 1, ())))
