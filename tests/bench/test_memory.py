@@ -1,0 +1,72 @@
+"""Peak memory is measured: a temporary of known size is seen, and what malloc kept is no excuse."""
+
+import pytest
+import torch
+
+from foveal.bench import memory
+
+MIB = 2**20
+
+
+def temporary(mebibytes: int) -> float:
+    return torch.ones(mebibytes * MIB, dtype=torch.uint8)[0].item()
+
+
+@pytest.fixture
+def resident() -> None:
+    if not memory.resident_works():
+        pytest.skip("this system does not report the resident high-water mark")
+
+
+@pytest.mark.usefixtures("resident")
+@pytest.mark.parametrize("mebibytes", [8, 24, 64])
+def test_known_temporary_is_seen_within_five_percent(mebibytes: int) -> None:
+    peak = memory.peak_memory(lambda: temporary(mebibytes))
+    assert peak.method == "resident"
+    assert peak.num_bytes == pytest.approx(mebibytes * MIB, rel=0.05)
+
+
+@pytest.mark.usefixtures("resident")
+def test_memory_that_malloc_kept_is_counted_again() -> None:
+    """Many small blocks leave malloc with free memory, which the next call would reuse unseen."""
+    blocks = [torch.ones(100_000, dtype=torch.uint8) for _ in range(400)]
+    del blocks[::2], blocks
+    peak = memory.peak_memory(lambda: [torch.ones(100_000, dtype=torch.uint8) for _ in range(200)])
+    assert peak.num_bytes == pytest.approx(20_000_000, rel=0.05)
+
+
+@pytest.mark.usefixtures("resident")
+def test_resident_sees_scratch_inside_an_operator() -> None:
+    """Sorting needs buffers that no tensor shows; only the resident method sees them."""
+    values = torch.rand(4 * MIB)
+    resident = memory.peak_memory(lambda: values.sort()).num_bytes
+    counted = memory.counted_peak(lambda: values.sort())
+    assert counted == 4 * MIB * (4 + 8)
+    assert resident > 1.1 * counted
+
+
+def test_counted_follows_storages_to_their_end() -> None:
+    start = torch.ones(MIB, dtype=torch.uint8)
+
+    def call() -> torch.Tensor:
+        x = start.view(-1) + 1  # 1 MiB, beside the input, which is not counted
+        x = x + 1  # 2 MiB until the first goes
+        x.add_(1)
+        return x.view(2, -1)
+
+    assert memory.counted_peak(call) == 2 * MIB
+
+
+def test_counted_takes_over_where_the_system_does_not_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unreadable(field: str) -> int:
+        raise OSError(field)
+
+    monkeypatch.setattr(memory, "_status", unreadable)
+    memory.resident_works.cache_clear()
+    try:
+        peak = memory.peak_memory(lambda: temporary(8))
+    finally:
+        memory.resident_works.cache_clear()
+    assert peak == memory.PeakMemory(num_bytes=8 * MIB, method="counted")
