@@ -31,6 +31,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first weights and the order.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads. Default: PyTorch's.")] = None,
+    backend: Annotated[str, typer.Option(help="Attention backend.")] = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the folder's checkpoint, by its recipe.")
     ] = False,
@@ -60,12 +61,12 @@ def train(
         torch.set_num_threads(threads)
     if resume:
         if data or recipe != "bundled" or any(value is not None for value in changes.values()):
-            accepted = "only --out, --threads and --json: the checkpoint holds the rest"
+            accepted = "only --out, --threads, --backend and --json: the rest is in the run"
             raise ArgumentError("resume", "other options", accepted)
-        trainer = resume_run(out)
+        trainer = resume_run(out, backend=backend)
     else:
         chosen = Recipe.read(_recipe_path(recipe)).override(**changes)
-        trainer = start_run(chosen, data or [], out)
+        trainer = start_run(chosen, data or [], out, backend=backend)
     console = Console(stderr=True)
     with interruptible() as stop, Monitor(trainer, console) as monitor:
         if not trainer.run(monitor, stop.is_set):

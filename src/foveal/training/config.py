@@ -1,8 +1,8 @@
 """A training run as data: `Recipe`, read from a TOML file and checked before anything starts.
 
 A recipe holds what decides the result: the model's shape, the text, the optimiser, the length of
-the run. What depends on the machine alone (threads, where to write, a limit of time) stays outside,
-on the command line. Tables of the file are the classes below; an unknown key or a value of the
+the run. What depends on the machine alone (threads, the attention backend, where to write) stays
+outside, on the command line. Tables of the file are the classes below; an unknown key or a value of the
 wrong type is refused with its name.
 """
 
@@ -113,8 +113,6 @@ class RunRecipe:
     """Batches whose gradients make one update."""
     seed: int = 0
     """Of the first weights and of the order of rows."""
-    backend: str = "auto"
-    """Attention backend."""
     log_every: int = 10
     """Steps between records of the training loss."""
     evaluate_every: int = 200

@@ -31,7 +31,9 @@ from foveal.training.export import copy_tokenizer, export_model
 from foveal.training.trainer import CHECKPOINT, Observer, Trainer
 
 
-def start_run(recipe: Recipe, paths: Sequence[Path], out: Path) -> Trainer:
+def start_run(
+    recipe: Recipe, paths: Sequence[Path], out: Path, *, backend: str = "auto"
+) -> Trainer:
     """A new run in `out` on the text in `paths`, or on the standard library if there are none.
 
     Raises `ConfigError` if the folder already holds a checkpoint.
@@ -46,15 +48,15 @@ def start_run(recipe: Recipe, paths: Sequence[Path], out: Path) -> Trainer:
     exclude = recipe.data.exclude
     found = documents(paths, exclude) if paths else standard_library(exclude)
     write_streams(found, load_tokenizer(out / "tokenizer"), out / "data")
-    trainer = _trainer(recipe, out)
+    trainer = _trainer(recipe, out, backend)
     trainer.curve.path.unlink(missing_ok=True)
     return trainer
 
 
-def resume_run(out: Path) -> Trainer:
+def resume_run(out: Path, *, backend: str = "auto") -> Trainer:
     """The run in `out` at its last checkpoint, by its own recipe. Raises `LoadError`."""
     header, _ = read_header(out / CHECKPOINT)
-    trainer = _trainer(Recipe.from_dict(header["recipe"]), out)
+    trainer = _trainer(Recipe.from_dict(header["recipe"]), out, backend)
     trainer.resume()
     return trainer
 
@@ -85,9 +87,9 @@ def finish_run(trainer: Trainer, observe: Observer) -> dict[str, Any]:
     return result
 
 
-def _trainer(recipe: Recipe, out: Path) -> Trainer:
+def _trainer(recipe: Recipe, out: Path, backend: str) -> Trainer:
     vocab_size = load_tokenizer(out / "tokenizer").vocab_size
     model = Decoder(recipe.model.config(vocab_size))
     model.initialise(recipe.run.seed)
     torch.manual_seed(recipe.run.seed)
-    return Trainer(model, read_streams(out / "data"), recipe, out)
+    return Trainer(model, read_streams(out / "data"), recipe, out, backend=backend)

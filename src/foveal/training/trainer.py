@@ -73,8 +73,12 @@ class Trainer:
         streams: Streams,
         recipe: Recipe,
         out: Path,
+        *,
+        backend: str = "auto",
     ) -> None:
+        """`backend` computes the attention."""
         self.model, self.streams, self.recipe, self.out = model, streams, recipe, out
+        self.backend = backend
         self.optimiser = build_optimiser(model, recipe.optimiser)
         self.curve = Curve(out / CURVE)
         self.counters = Counters()
@@ -183,7 +187,7 @@ class Trainer:
         return record
 
     def _loss_sum(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        hidden = self.model.hidden(inputs, backend=self.recipe.run.backend)
+        hidden = self.model.hidden(inputs, backend=self.backend)
         vocab_size = self.model.config.vocab_size
         return cross_entropy_sum(self.model.logits, hidden, targets, vocab_size=vocab_size)
 
