@@ -12,6 +12,7 @@ A full page is never rewritten, and a page that several hold is never written at
 to write asks `writable` and gets a copy to write into (PagedAttention, Kwon et al. 2023).
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -99,7 +100,8 @@ class PagePool:
     def share(self, pages: Iterable[int]) -> None:
         """Hold each of these pages once more."""
         pages = list(pages)
-        self._check_held(pages)
+        for page in pages:
+            self._check_held(page)
         for page in pages:
             self._references[page] += 1
 
@@ -109,7 +111,8 @@ class PagePool:
         Pages come in the order of their tokens and go in the opposite one, so that of a prefix
         the end is evicted before the beginning.
         """
-        self._check_held(pages)
+        for page, count in Counter(pages).items():
+            self._check_held(page, count)
         for page in reversed(pages):
             self._references[page] -= 1
             if self._references[page]:
@@ -126,7 +129,7 @@ class PagePool:
         full: then it is a fresh page, to which the caller must copy the slots below `start`,
         and `page` is held once less.
         """
-        self._check_held([page])
+        self._check_held(page)
         if not 0 <= start <= min(self._filled[page], self.page_size - 1):
             accepted = f"a slot up to the {self._filled[page]} filled ones of {self.page_size}"
             raise ArgumentError("start", start, accepted)
@@ -141,7 +144,7 @@ class PagePool:
 
     def fill(self, page: int, num_tokens: int) -> None:
         """Note that the first `num_tokens` slots of a page hold tokens now."""
-        self._check_held([page])
+        self._check_held(page)
         low = self._filled[page]
         grows = num_tokens > low and self._references[page] > 1
         if not low <= num_tokens <= self.page_size or grows:
@@ -154,7 +157,7 @@ class PagePool:
 
         Where another page is known under that hash already, this one stays private.
         """
-        self._check_held([page])
+        self._check_held(page)
         if self._filled[page] < self.page_size:
             accepted = f"a page with all {self.page_size} slots filled"
             raise ArgumentError("page", f"{page} with {self._filled[page]} filled", accepted)
@@ -210,7 +213,6 @@ class PagePool:
     def _note_peak(self) -> None:
         self._peak = max(self._peak, self.num_pages - self.num_available)
 
-    def _check_held(self, pages: Sequence[int]) -> None:
-        for page in pages:
-            if not 0 <= page < self.num_pages or not self._references[page]:
-                raise ArgumentError("page", page, "the number of a page in use")
+    def _check_held(self, page: int, count: int = 1) -> None:
+        if not 0 <= page < self.num_pages or self._references[page] < count:
+            raise ArgumentError("page", page, f"the number of a page held at least {count} times")
