@@ -26,6 +26,7 @@ from foveal.core.dtypes import accumulate_dtype
 from foveal.hardware.profile import Machine
 from foveal.hardware.roofline import Estimate, Peaks, Work, roofline
 from foveal.kernels.portable.philox import keep_mask
+from foveal.kernels.portable.weigh import weigh
 
 _SCORE_PASSES = 16
 """How often the forward pass reads or writes a [B, H, Lq, Lk] tensor."""
@@ -146,18 +147,6 @@ def dropout_factor(p: torch.Tensor, spec: AttentionSpec, operands: Operands) -> 
     return keep.to(p.dtype) / (1 - spec.dropout)
 
 
-def weigh(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`weights @ x`, where a weight of exactly 0 takes nothing, even from inf or NaN.
-
-    A weight other than 0 that meets inf or NaN gives NaN.
-    """
-    finite = x.isfinite()
-    if finite.all():
-        return weights @ x
-    reached = (weights != 0).to(x.dtype) @ (~finite).to(x.dtype) > 0
-    return (weights @ x.where(finite, 0.0)).masked_fill(reached, math.nan)
-
-
 def fold(x: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
     """[B, H, Lq, N] -> [B, Hkv, G * Lq, N]: the queries that share a KV head, one after another,
     so that no key is ever repeated."""
@@ -184,9 +173,9 @@ class _Textbook(torch.autograd.Function):
         spec: AttentionSpec,
         operands: Operands,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        wanted = ("capped", "probabilities", "out", "lse")
+        wanted = {"probabilities", "out", "lse"} | ({"scaled"} if spec.softcap else set())
         kept = {name: x for name, x in steps(q, k, v, spec, operands) if name in wanted}
-        ctx.save_for_backward(q, k, v, kept["probabilities"], kept.get("capped"))
+        ctx.save_for_backward(q, k, v, kept["probabilities"], kept.get("scaled"))
         ctx.spec, ctx.operands = spec, operands
         return kept["out"].to(q.dtype), kept["lse"]
 
@@ -196,9 +185,11 @@ class _Textbook(torch.autograd.Function):
         """With p the probabilities and dp the gradient that reaches them,
 
         ds = p * (dp - sum_j p_j dp_j + d_lse): the softmax's Jacobian, and d lse / ds = p.
+        Taking a constant from dp changes nothing, as the p_j sum to 1; taking dp at the largest
+        p keeps the cancellation out where one key has nearly all the weight.
         """
         spec, operands = ctx.spec, ctx.operands
-        *inputs, p, capped = ctx.saved_tensors
+        *inputs, p, scaled = ctx.saved_tensors
         q, k, v = (t.to(p.dtype) for t in inputs)
         d_out = fold(d_out.to(p.dtype), spec)
         factor = dropout_factor(p, spec, operands) if spec.dropout else 1.0
@@ -206,13 +197,14 @@ class _Textbook(torch.autograd.Function):
         unseen = p == 0
         d_p = unfold(d_out @ v.transpose(-1, -2), spec) * factor
         d_p = d_p.masked_fill(unseen, 0.0)
+        d_p = d_p - d_p.gather(-1, p.argmax(-1, keepdim=True))
         d_s = p * (d_p - (p * d_p).sum(-1, keepdim=True) + d_lse.unsqueeze(-1))
         d_s = d_s.masked_fill(unseen, 0.0)
         d_bias = None
         if ctx.needs_input_grad[3]:
             d_bias = d_s.sum_to_size(operands.bias.shape).to(operands.bias.dtype)
-        if capped is not None:
-            d_s = (d_s * (1 - (capped / spec.softcap) ** 2)).masked_fill(unseen, 0.0)
+        if scaled is not None:  # tanh' = 1 / cosh^2; 1 - tanh^2 would cancel near the cap
+            d_s = (d_s / torch.cosh(scaled / spec.softcap) ** 2).masked_fill(unseen, 0.0)
         d_s = fold(d_s * spec.resolved_scale, spec)
         d_q = unfold(weigh(d_s, k), spec)
         d_k = weigh(d_s.transpose(-1, -2), fold(q, spec))

@@ -1,0 +1,105 @@
+"""Every backend over every case: it agrees with the oracle, or refuses as the table here says."""
+
+from functools import lru_cache
+
+import oracle
+import pytest
+import torch
+from cases import BY_NAME, CASES, Case
+
+from foveal.attention import catalogue
+from foveal.attention.api import attend
+from foveal.attention.operands import OperandFields, Operands
+from foveal.core.errors import Unsupported
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+REFUSED: dict[str, set[str]] = {"unfused": set()}
+"""Cases that a backend refuses, forward in float32."""
+
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "flex" else name
+    for name in catalogue.BY_NAME
+]
+
+
+def fields(operands: Operands) -> OperandFields:
+    """Operands as keyword arguments."""
+    return {name: getattr(operands, name) for name in operands.present}  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=None)
+def exact(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The oracle's out and lse, and PyTorch's out."""
+    case = BY_NAME[name]
+    q, k, v, operands = case.tensors(dtype)
+    out, lse = oracle.attention(q, k, v, case.spec, operands)
+    return out, lse, oracle.plain(q, k, v, case.spec, operands)
+
+
+@lru_cache(maxsize=None)
+def exact_gradients(name: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Gradients of q, k, v by autograd: of the oracle in float64, and of PyTorch's own."""
+    case = BY_NAME[name]
+    q, k, v, operands = case.tensors(dtype)
+    found = []
+    for inputs in ([t.double() for t in (q, k, v)], [q, k, v]):
+        leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        if inputs[0].dtype == torch.float64 and not found:
+            out = oracle.attention(*leaves, case.spec, operands)[0]
+        else:
+            out = oracle.plain(*leaves, case.spec, operands)
+        out.backward(upstream(out))
+        found.append([leaf.grad for leaf in leaves])
+    return found[0], found[1]
+
+
+def upstream(out: torch.Tensor) -> torch.Tensor:
+    """The gradient that comes from above, the same for every dtype."""
+    rng = torch.Generator().manual_seed(1)
+    return torch.randn(out.shape, generator=rng).bfloat16().to(out.dtype)
+
+
+def refused(backend: str, case: Case) -> bool:
+    q, k, v, operands = case.tensors(torch.float32)
+    try:
+        attend(q, k, v, case.spec, backend=backend, **fields(operands))
+    except Unsupported as refusal:
+        assert all(refusal.reasons[backend])
+        return True
+    return False
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backend_refuses_what_the_table_says(backend: str) -> None:
+    assert {case.name for case in CASES if refused(backend, case)} == REFUSED[backend]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward(backend: str, case: Case, dtype: torch.dtype) -> None:
+    if case.name in REFUSED[backend]:
+        return
+    q, k, v, operands = case.tensors(dtype)
+    out, lse = attend(q, k, v, case.spec, backend=backend, return_lse=True, **fields(operands))
+    exact_out, exact_lse, plain_out = exact(case.name, dtype)
+    oracle.assert_close(out, exact_out, plain_out, "out")
+    oracle.assert_close(lse, exact_lse, exact_lse.to(lse.dtype), "lse")
+    assert out.dtype == dtype
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward(backend: str, case: Case, dtype: torch.dtype) -> None:
+    if case.name in REFUSED[backend]:
+        return
+    q, k, v, operands = case.tensors(dtype)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out = attend(q, k, v, case.spec, backend=backend, **fields(operands))
+    out.backward(upstream(out))
+    exact_grads, plain_grads = exact_gradients(case.name, dtype)
+    for name, leaf, right, plain in zip("qkv", leaves, exact_grads, plain_grads, strict=True):
+        oracle.assert_close(leaf.grad, right, plain, f"gradient of {name}", factor=3.0)
