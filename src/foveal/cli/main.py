@@ -9,6 +9,7 @@ import sys
 import typer
 from rich.console import Console
 
+from foveal.cli.train import train
 from foveal.core.errors import FovealError
 
 app = typer.Typer(
@@ -23,6 +24,9 @@ app = typer.Typer(
 @app.callback()
 def root() -> None:
     """Attention, from kernels to a serving engine: computed, chosen, measured and explained."""
+
+
+app.command()(train)
 
 
 def main() -> None:
