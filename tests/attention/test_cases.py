@@ -1,12 +1,12 @@
 """Every backend over every case: it agrees with the oracle, or refuses as the table here says."""
 
-from functools import lru_cache
+from functools import cache
 
-import oracle
 import pytest
 import torch
-from cases import BY_NAME, CASES, Case
 
+import oracle
+from cases import BY_NAME, CASES, Case
 from foveal.attention import catalogue
 from foveal.attention.api import attend
 from foveal.attention.operands import OperandFields, Operands
@@ -28,7 +28,7 @@ def fields(operands: Operands) -> OperandFields:
     return {name: getattr(operands, name) for name in operands.present}  # type: ignore[return-value]
 
 
-@lru_cache(maxsize=None)
+@cache
 def exact(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The oracle's out and lse, and PyTorch's out."""
     case = BY_NAME[name]
@@ -37,7 +37,7 @@ def exact(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, to
     return out, lse, oracle.plain(q, k, v, case.spec, operands)
 
 
-@lru_cache(maxsize=None)
+@cache
 def exact_gradients(name: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Gradients of q, k, v by autograd: of the oracle in float64, and of PyTorch's own."""
     case = BY_NAME[name]
