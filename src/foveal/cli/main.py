@@ -9,7 +9,9 @@ import sys
 import typer
 from rich.console import Console
 
+from foveal.cli.backends import backends
 from foveal.cli.train import train
+from foveal.cli.tune import tune
 from foveal.core.errors import FovealError
 
 app = typer.Typer(
@@ -27,6 +29,8 @@ def root() -> None:
 
 
 app.command()(train)
+app.command()(backends)
+app.command()(tune)
 
 
 def main() -> None:
