@@ -34,8 +34,8 @@ def backends(
 ) -> None:
     """Show what each attention backend can do, or who would compute a given call and why.
 
-    What they can do is found by asking them. Any option that describes a call asks who would
-    compute that call.
+    What they can do is found by asking them. Any option that describes a call
+    asks who would compute that call.
 
     Example: foveal backends --heads 32 --kv-heads 8 --head-dim 128 --q-len 1 --kv-len 8192
     """

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from foveal.cli.backends import backends
+from foveal.cli.doctor import doctor
 from foveal.cli.train import train
 from foveal.cli.tune import tune
 from foveal.core.errors import FovealError
@@ -30,6 +31,7 @@ def root() -> None:
 
 app.command()(train)
 app.command()(backends)
+app.command()(doctor)
 app.command()(tune)
 
 

@@ -38,8 +38,9 @@ def tune(
 ) -> None:
     """Measure every willing attention backend and remember the times.
 
-    Measures a grid of common calls, or the one call that the options describe. Each result is
-    filed at once: Ctrl-C loses none. From then on these calls are decided by measurement.
+    It measures a grid of common calls, or the one that the options describe.
+    Each result is filed at once: Ctrl-C loses none. From then on these calls
+    are decided by measurement.
 
     Example: foveal tune --heads 32 --kv-heads 8 --head-dim 128 --q-len 1 --kv-len 8192 --dtype bf16
     """
