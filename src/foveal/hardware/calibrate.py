@@ -107,18 +107,25 @@ def load_calibration(machine: Machine, device: str = "cpu") -> Peaks | None:
 
 def _largest_matrix(dtype: torch.dtype, device: str) -> torch.Tensor:
     """A square matrix whose product with itself takes about `PRODUCT_S`, or is as large as is
-    sensible here: some processors need seconds for what others do in milliseconds."""
-    size = 256
-    while True:
-        matrix = torch.rand((size, size), device=device).to(dtype)
-        run = partial(torch.matmul, matrix, matrix)
-        first = time_one(run, device)
-        # Best of many: two threads of a small product that others interrupt wait for each other.
-        seconds = min(time_one(run, device) for _ in range(max(2, int(2 * PRODUCT_S / first))))
-        # Twice the size takes eight times as long.
-        if size >= LARGEST_PRODUCT[device] or seconds * 8 > 2 * PRODUCT_S:
-            return matrix
-        size *= 2
+    sensible here: some processors need seconds for what others do in milliseconds.
+
+    Tried on one thread, because threads that others interrupt wait for each other, which can make
+    a small product look a hundred times slower than it is.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        size = 256
+        while True:
+            matrix = torch.rand((size, size), device=device).to(dtype)
+            run = partial(torch.matmul, matrix, matrix)
+            seconds = min(time_one(run, device) for _ in range(3)) / num_threads
+            # Twice the size takes eight times as long.
+            if size >= LARGEST_PRODUCT[device] or seconds * 8 > 2 * PRODUCT_S:
+                return matrix
+            size *= 2
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _read_bytes(machine: Machine) -> int:
