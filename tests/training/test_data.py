@@ -47,7 +47,7 @@ def test_hidden_and_excluded_files_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="data: got .*missing"):
+    with pytest.raises(ArgumentError, match=r"data: got .*missing"):
         documents([tmp_path / "missing"])
 
 

@@ -2,8 +2,8 @@
 
 A recipe holds what decides the result: the model's shape, the text, the optimiser, the length of
 the run. What depends on the machine alone (threads, the attention backend, where to write) stays
-outside, on the command line. Tables of the file are the classes below; an unknown key or a value of the
-wrong type is refused with its name.
+outside, on the command line. Tables of the file are the classes below; an unknown key or a value
+of the wrong type is refused with its name.
 """
 
 import dataclasses
