@@ -52,9 +52,13 @@ class Tables(RuleBasedStateMachine):
         self.tables.append((pages, tokens[: len(pages) * self.size]))
 
     @precondition(lambda self: self.tables)
-    @rule(data=st.data(), token=st.integers(0, 1))
-    def write(self, data: st.DataObject, token: int) -> None:
-        pages, tokens = data.draw(st.sampled_from(self.tables))
+    @rule(data=st.data(), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=5))
+    def write(self, data: st.DataObject, tokens: list[int]) -> None:
+        table = data.draw(st.sampled_from(self.tables))
+        for token in tokens:
+            self.write_one(*table, token)
+
+    def write_one(self, pages: list[int], tokens: list[int], token: int) -> None:
         index, slot = divmod(len(tokens), self.size)
         before = self.held()
         try:
@@ -69,7 +73,6 @@ class Tables(RuleBasedStateMachine):
         tokens.append(token)
         page = pages[index]
         assert self.held()[page] == 1, "wrote into a page that another table holds"
-        assert len(self.contents[page]) < len(tokens), "rewrote a full page"
         self.pool.fill(page, slot + 1)
         self.contents[page] = tokens[:]
         if slot + 1 == self.size:
