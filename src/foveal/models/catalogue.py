@@ -51,6 +51,8 @@ def write_config(config: ModelConfig) -> dict[str, object]:
         "architectures": [family.architecture],
         "model_type": family.name,
         **family.write_config(config),
+        # A tokenizer knows these; left out, readers would assume those of the family's first model.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
     back = read_config(values)
     if back != config:

@@ -14,6 +14,7 @@ from foveal.nn.block import BlockConfig
 from foveal.nn.mlp import MLPConfig
 from foveal.nn.norm import NormConfig, NormKind
 from foveal.nn.rope import RopeConfig
+from foveal.nn.scaling import LongScaling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +77,13 @@ class ModelConfig:
                 raise ConfigError(f"rope: got dim {rope.dim}; accepted: up to {self.head_dim}")
         for layer in range(self.num_layers):
             self.block(layer)
+
+    @property
+    def restart_length(self) -> int | None:
+        """Tokens beyond which every key must be computed anew, because the rotary frequencies of
+        the whole sequence change there (LongRoPE); None where that never happens."""
+        scaling = None if self.rope is None else self.rope.scaling
+        return scaling.original_length if isinstance(scaling, LongScaling) else None
 
     def window(self, layer: int) -> int | None:
         """How many keys a query of this layer sees, its own included; None is all."""

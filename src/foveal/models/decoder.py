@@ -108,7 +108,7 @@ class Decoder(nn.Module):
         slots = torch.arange(start, start + ids.shape[1], device=ids.device).unsqueeze(0)
         placed = slots if given is None else given
         x: torch.Tensor = self.embedding(ids, placed)
-        rotations = self._rotations(placed, x.dtype, start + ids.shape[1])
+        rotations = self._rotations(placed, x.dtype, cache)
         step = Step(positions=given, cache=cache, backend=backend)
         for layer, block in enumerate(self.blocks):
             rope = self.config.rotary(layer)
@@ -164,13 +164,28 @@ class Decoder(nn.Module):
         return positions, start
 
     def _rotations(
-        self, positions: torch.Tensor, dtype: torch.dtype, length: int
+        self, positions: torch.Tensor, dtype: torch.dtype, cache: KVCache | None
     ) -> dict[RopeConfig, Rotation]:
         """The rotation of every rotary configuration in use."""
         ropes = {rope for rope in (self.config.rope, self.config.window_rope) if rope is not None}
-        if any(rope.scaling.length_dependent for rope in ropes):
-            length = int(positions.max()) + 1 if positions.numel() else 0
+        length = 0
+        if positions.numel() and any(rope.scaling.length_dependent for rope in ropes):
+            length = int(positions.max()) + 1
+            self._check_restart(length, cache)
         return {rope: Rotation.at(rope, positions, length, dtype) for rope in ropes}
+
+    def _check_restart(self, length: int, cache: KVCache | None) -> None:
+        """Refuse to mix keys that were rotated for short sequences with those for long ones."""
+        limit = self.config.restart_length
+        if limit is None or cache is None or not cache.length:
+            return
+        past = cache.length if cache.positions is None else int(cache.positions.max()) + 1
+        if past <= limit < length:
+            accepted = (
+                f"up to {limit} tokens, or an empty cache and the whole sequence: "
+                "LongRoPE rotates all keys differently beyond that length"
+            )
+            raise ArgumentError("cache", f"{past} cached tokens of {length}", accepted)
 
 
 def _check_integers(name: str, tensor: torch.Tensor) -> None:

@@ -67,7 +67,6 @@ MATTERS: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1.0,),
     "rope_parameters": (),
     "rope_scaling": (),
-    "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (),
     "final_logit_softcapping": (),
     "attn_logit_softcapping": (),

@@ -29,6 +29,8 @@ def _read(fields: Fields) -> ModelConfig:
     width, num_heads = fields.integer("n_embd"), fields.integer("n_head")
     if num_heads < 1 or width % num_heads:
         raise fields.refusal("n_head", f"a divisor of n_embd={width}")
+    if not fields.flag("scale_attn_weights", True):
+        raise fields.refusal("scale_attn_weights", "true")
     return ModelConfig(
         family="gpt2",
         vocab_size=fields.integer("vocab_size"),
