@@ -129,9 +129,9 @@ ESCAPES = [
     "{{ raise_exception.__globals__['json'] }}",
     "{{ lipsum.__globals__['os'].system('true') }}",
     "{{ '{0.__class__.__init__.__globals__}'.format(strftime_now) }}",
-    "{% set f = ''['format'] %}{{ f('{0.__class__.__mro__[1]}', 1) }}",
+    "{% set f = '{0.__class__.__mro__[1]}'['format'] %}{{ f(1) }}",
     "{{ messages.append(1) }}",
-    "{{ (''|attr('for' + 'mat'))('{0.__class__.__mro__[1]}', 1) }}",
+    "{{ ('{0.__class__.__mro__[1]}'|attr('for' + 'mat'))(1) }}",
     "{% include '/etc/passwd' %}",
     "{% import 'os' as os %}{{ os.getcwd() }}",
 ]
