@@ -7,7 +7,7 @@ merged into its result here, the same way for all.
 import math
 from dataclasses import replace
 from itertools import pairwise
-from typing import Unpack
+from typing import Literal, Unpack, overload
 
 import torch
 
@@ -21,6 +21,37 @@ from foveal.attention.workload import Workload
 from foveal.core.dtypes import accumulate_dtype
 from foveal.core.errors import ArgumentError
 
+Result = tuple[torch.Tensor, torch.Tensor]
+"""`out` and the natural log-sum-exp."""
+
+
+@overload
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec | None = None,
+    *,
+    backend: str = "auto",
+    return_lse: Literal[False] = False,
+    memory_budget: int | None = None,
+    **operands: Unpack[OperandFields],
+) -> torch.Tensor: ...
+
+
+@overload
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec | None = None,
+    *,
+    backend: str = "auto",
+    return_lse: Literal[True],
+    memory_budget: int | None = None,
+    **operands: Unpack[OperandFields],
+) -> Result: ...
+
 
 def attend(
     q: torch.Tensor,
@@ -32,7 +63,7 @@ def attend(
     return_lse: bool = False,
     memory_budget: int | None = None,
     **operands: Unpack[OperandFields],
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | Result:
     """Attention of queries [B, H, Lq, D] over keys [B, Hkv, Lk, D] and values [B, Hkv, Lk, Dv].
 
     `spec` says what is computed, None full attention. `operands` are the tensors beside it
@@ -55,6 +86,38 @@ def attend(
     return (out, lse) if return_lse else out
 
 
+@overload
+def attend_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    backend: str = "auto",
+    return_lse: Literal[False] = False,
+    memory_budget: int | None = None,
+    **operands: Unpack[OperandFields],
+) -> torch.Tensor: ...
+
+
+@overload
+def attend_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    backend: str = "auto",
+    return_lse: Literal[True],
+    memory_budget: int | None = None,
+    **operands: Unpack[OperandFields],
+) -> Result: ...
+
+
 def attend_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -67,7 +130,7 @@ def attend_varlen(
     return_lse: bool = False,
     memory_budget: int | None = None,
     **operands: Unpack[OperandFields],
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | Result:
     """Attention within sequences packed one after another, without padding.
 
     q is [tokens, H, D], k [tokens of keys, Hkv, D], v [tokens of keys, Hkv, Dv]. Sequence i has
@@ -115,7 +178,7 @@ def _compute(
     v: torch.Tensor,
     spec: AttentionSpec,
     operands: Operands,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Result:
     """Run a backend; answer calls with nothing in them; let the sink logits join."""
     if q.numel() and k.numel():
         out, lse = backend.run(q, k, v, spec, operands)
@@ -126,9 +189,7 @@ def _compute(
     return out, lse
 
 
-def _nothing(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
     """The result where there are no queries or no keys; gradients reach the inputs as zeros."""
     zero = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
     out = q.new_zeros(*q.shape[:-1], v.shape[-1]) + zero
