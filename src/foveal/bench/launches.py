@@ -4,6 +4,7 @@ On CPU: operators that Python launches; those that an operator calls in turn are
 CUDA: kernels that run on the device. Both say how much of a small call is overhead.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ class Launches:
 
 def count_launches(call: Callable[[], object], device: str = "cpu") -> Launches:
     """Run `call` once under the profiler. Warm it up first: a first call may compile."""
+    # The profiler announces each start and stop on stderr; 6 is above its highest level.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     on_cuda = device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities) as profiler:
