@@ -111,6 +111,9 @@ class RunRecipe:
     """Rows that go through the model at once."""
     accumulate: int = 1
     """Batches whose gradients make one update."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: matrix products take inputs rounded to it; weights, norms, the loss, AdamW's
+    averages and evaluations stay float32 (Micikevicius et al. 2018)."""
     seed: int = 0
     """Of the first weights and of the order of rows."""
     log_every: int = 10

@@ -147,7 +147,8 @@ class Trainer:
         row, loss = self.counters.row, 0.0
         for _ in range(run.accumulate):
             inputs, targets = self.rows.batch(row, run.batch)
-            part = self._loss_sum(inputs, targets) / self.tokens_per_step
+            with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "bfloat16"):
+                part = self._loss_sum(inputs, targets) / self.tokens_per_step
             part.backward()  # type: ignore[no-untyped-call]
             row, loss = row + run.batch, loss + part.item()
         clip = self.recipe.optimiser.clip
