@@ -69,14 +69,10 @@ def test_calibration_is_kept_and_used(cache: Path) -> None:
     assert 0 < found.overhead_s < 1e-3
     elsewhere = dataclasses.replace(here, cpu_name="another")
     assert peaks(elsewhere) == nominal(elsewhere)
-
-
-def test_raw_samples_give_the_peak(cache: Path) -> None:
-    found = calibrate(detect(), budget_s=0.1)
     (path,) = cache.iterdir()
     sample = json.loads(path.read_text())["samples"]["float32"]
-    best = max(2 * sample["size"] ** 3 / seconds for seconds in sample["seconds"])
-    assert found.flops(torch.float32) <= best
+    rates = [2 * sample["size"] ** 3 / seconds for seconds in sample["seconds"]]
+    assert found.flops(torch.float32) in rates
     assert len(sample["seconds"]) == len(sample["others"]) >= 5
 
 

@@ -79,7 +79,7 @@ def load_table(machine: Machine) -> Table:
 
 
 @lru_cache(maxsize=8)
-def _load_table(machine: Machine, stamp: tuple[str, int]) -> Table:
+def _load_table(machine: Machine, stamp: object) -> Table:
     name = store.file_name("tuning", machine)
     content = store.load(name, FORMAT, REMEDY)
     if content is None:

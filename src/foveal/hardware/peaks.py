@@ -40,7 +40,7 @@ def peaks(machine: Machine, device: str = "cpu") -> Peaks:
 
 
 @lru_cache(maxsize=32)
-def _peaks(machine: Machine, device: str, stamp: tuple[str, int]) -> Peaks:
+def _peaks(machine: Machine, device: str, stamp: object) -> Peaks:
     return load_calibration(machine, device) or nominal(machine, device)
 
 

@@ -16,6 +16,8 @@ from foveal.hardware.profile import Machine
 
 Json = dict[str, Any]
 
+_num_saves = 0
+
 
 @cache
 def foveal_version() -> str:
@@ -53,14 +55,20 @@ def load(name: str, format_version: int, remedy: str) -> Json | None:
 
 def save(name: str, format_version: int, content: Json) -> None:
     """Write `content` with its versions to the file `name` in the cache folder, atomically."""
+    global _num_saves
     stamped = {"format": format_version, "foveal": foveal_version(), **content}
     write_text(cache_dir() / name, json.dumps(stamped, indent=1) + "\n")
+    _num_saves += 1
 
 
-def stamp() -> tuple[str, int]:
-    """Changes whenever a file in the cache folder has been replaced; costs a few microseconds."""
+def stamp() -> tuple[str, int, int]:
+    """Changes whenever a file in the cache folder has been replaced; costs a few microseconds.
+
+    The folder's time of change tells of other processes. It moves in ticks of milliseconds, so
+    this process counts its own writes besides.
+    """
     folder = cache_dir()
     try:
-        return str(folder), folder.stat().st_mtime_ns
+        return str(folder), folder.stat().st_mtime_ns, _num_saves
     except OSError:
-        return str(folder), 0
+        return str(folder), 0, _num_saves
