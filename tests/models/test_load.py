@@ -199,7 +199,7 @@ def test_hub_name_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     (folder / "refs" / "main").write_text("a" * 40)
     assert locate("nobody/nothing") == snapshot
     for name in ("a/b/c", "/a/b", "", "..", "a//b"):
-        with pytest.raises(LoadError, match="no such directory|missing"):
+        with pytest.raises(LoadError, match=r"no such directory|missing"):
             load_config(name)
 
 

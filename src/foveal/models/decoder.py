@@ -148,13 +148,12 @@ class Decoder(nn.Module):
     ) -> tuple[torch.Tensor | None, int]:
         """The positions as a tensor, or None where they are simply the slots from `start` on."""
         start = 0 if cache is None else cache.length
-        past = None if cache is None else cache.positions
+        past = None if cache is None else cache.next_positions
         slots = torch.arange(start, start + ids.shape[1], device=ids.device)
         if positions is None:
             if past is None:
                 return None, start
-            last = past.amax(1, keepdim=True) if past.shape[1] else past.new_full((1, 1), -1)
-            return last + 1 + slots - start, start
+            return past.unsqueeze(1) + slots - start, start
         _check_integers("positions", positions)
         if positions.shape != ids.shape:
             accepted = f"the shape of ids, {list(ids.shape)}"
@@ -179,7 +178,7 @@ class Decoder(nn.Module):
         limit = self.config.restart_length
         if limit is None or cache is None or not cache.length:
             return
-        past = cache.length if cache.positions is None else int(cache.positions.max()) + 1
+        past = cache.length if cache.next_positions is None else int(cache.next_positions.max())
         if past <= limit < length:
             accepted = (
                 f"up to {limit} tokens, or an empty cache and the whole sequence: "

@@ -1,4 +1,4 @@
-"""The attention layer: projections, rotation, cache, and `attend`.
+"""The attention layer: projections, rotation, cache, and `attend_view`.
 
 MHA and MQA are the two ends of GQA; which one it is, the window, the scale and the softcap are all
 in the layer's `AttentionSpec`. Queries, keys and values come from one matrix, in this order.
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from foveal.attention.api import attend
+from foveal.attention.paged import attend_view
 from foveal.attention.spec import AttentionSpec
-from foveal.kv.cache import KVCache
+from foveal.kv.cache import KVCache, KVView, View
 from foveal.nn.norm import NormConfig, make_norm
 from foveal.nn.rope import Rotation
 
@@ -65,19 +65,10 @@ class Attention(nn.Module):
         q, k, v = self._project(x)
         if rotation is not None:
             q, k = rotation.apply(q), rotation.apply(k)
-        keys, values, kv_positions = k, v, step.positions
+        view: View = KVView(k, v, step.positions)
         if step.cache is not None:
             view = step.cache.append(self.layer, k, v, step.positions)
-            keys, values, kv_positions = view.keys, view.values, view.positions
-        heads = attend(
-            q,
-            keys,
-            values,
-            self.spec,
-            backend=step.backend,
-            q_positions=step.positions,
-            kv_positions=kv_positions,
-        )
+        heads = attend_view(q, view, self.spec, q_positions=step.positions, backend=step.backend)
         out: torch.Tensor = self.output(heads.transpose(1, 2).flatten(2))
         return out
 

@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al. 2021), exact at any position.
 
-The checkpoint's float32 inverse frequencies are widened to float64; angles are formed and reduced
-modulo 2 pi there; cosines and sines are rounded to float32, in which the heads are rotated; the
-result is rounded once to the model's dtype. Position 10^8 is therefore as exact as position 10
+The checkpoint's float32 inverse frequencies are widened to float64, where angles, cosines and
+sines are computed; these are rounded to float32, in which the heads are rotated; the result is
+rounded once to the model's dtype. Position 10^8 is therefore as exact as position 10
 (float32 angles, as they are common, are off by several radians there).
 
 Pairs are (i, i + D/2), the "half" layout of Hugging Face checkpoints, not the interleaved one of
@@ -52,8 +52,8 @@ class Rotation:
         """
         known = length if config.scaling.length_dependent else 0
         frequencies = _frequencies(config, known, positions.device)
-        angles = positions.clamp(min=0).double().unsqueeze(-1) * frequencies
-        angles = angles.remainder(2 * torch.pi).unsqueeze(1)
+        # float64 cosines reduce their argument modulo 2 pi with more digits of pi than we could.
+        angles = (positions.clamp(min=0).double().unsqueeze(-1) * frequencies).unsqueeze(1)
         wide, factor = accumulate_dtype(dtype), config.scaling.attention_factor
         return cls((angles.cos() * factor).to(wide), (angles.sin() * factor).to(wide))
 
