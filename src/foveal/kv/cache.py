@@ -4,12 +4,19 @@ A step of a model appends the new keys and values layer by layer, in order. The 
 once, when the last layer has been written, so that a step that fails half-way leaves no trace: the
 next step begins again at layer 0 and overwrites it. Slots are counted in tokens and the same for
 every sequence of the batch; a slot that holds a pad has position -1.
+
+Attention computes on a view tile by tile and merges the tiles by their log-sum-exp. A contiguous
+cache is one tile; a ring, pages and quantised pages are several, of which one at a time is in the
+form that attention needs.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
+
+from foveal.core.errors import ArgumentError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,9 +38,36 @@ class CacheShape:
         return self.num_layers * self.batch * self.num_kv_heads * (self.head_dim + self.value_dim)
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a cache keeps of a stream, and all that a query may see: its own position and the
+    `size - 1` before it, and the first `sinks` positions of the sequence (Xiao et al. 2024)."""
+
+    size: int
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ArgumentError("window size", self.size, "an integer of at least 1")
+        if not 0 <= self.sinks <= self.size:
+            accepted = f"an integer from 0 to the window of {self.size} tokens"
+            raise ArgumentError("sinks", self.sinks, accepted)
+
+
+class View(Protocol):
+    """The keys and values of one layer."""
+
+    @property
+    def window(self) -> Window | None:
+        """What queries may see of it at most; None for everything."""
+
+    def tiles(self) -> "Iterator[KVView]":
+        """Disjoint parts that together hold every key, each valid until the next is asked for."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class KVView:
-    """The keys and values of one layer, as `attend` takes them. Shares the cache's memory."""
+    """Keys and values of one layer, as `attend` takes them. Shares the cache's memory."""
 
     keys: torch.Tensor
     """[B, Hkv, S, D]"""
@@ -46,6 +80,15 @@ class KVView:
     def valid(self) -> torch.Tensor | None:
         """bool [B, S]: which slots hold a token; None for all."""
         return None if self.positions is None else self.positions >= 0
+
+    @property
+    def window(self) -> Window | None:
+        """All of it may be seen."""
+        return None
+
+    def tiles(self) -> "Iterator[KVView]":
+        """Itself: it is one tile."""
+        yield self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +113,9 @@ class KVCache(Protocol):
         """Slots in use, pads included; the same for each sequence. Kept, never inferred."""
 
     @property
-    def positions(self) -> torch.Tensor | None:
-        """int64 [B, length], -1 for pads; None where slot j holds position j throughout."""
+    def next_positions(self) -> torch.Tensor | None:
+        """int64 [B]: where each sequence goes on, one after its last position; None where slot j
+        holds position j throughout, in one tile, so that attention needs no positions."""
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +127,7 @@ class KVCache(Protocol):
 
     def append(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None = None
-    ) -> KVView:
+    ) -> View:
         """Store k [B, Hkv, T, D] and v [B, Hkv, T, Dv]; the view holds all there is, these too.
 
         `positions` is int [B, T] with -1 for pads; None continues at slot = position. It counts at
@@ -92,10 +136,41 @@ class KVCache(Protocol):
         """
 
     def truncate(self, length: int) -> None:
-        """Forget every slot from `length` on. Raises `ArgumentError` beyond what is there."""
+        """Forget every slot from `length` on. Raises `ArgumentError` beyond what is there, and
+        where a query at the new end would need what was evicted."""
 
     def fork(self) -> Self:
         """An independent cache with the same content."""
 
     def reset(self) -> None:
         """Forget everything; memory stays allocated."""
+
+
+def check_append(
+    shape: CacheShape,
+    like: torch.Tensor,
+    layer: int,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    written: int,
+    slots: int,
+) -> None:
+    """Check one `append`: the layer's turn, shapes, and dtype and device against `like`.
+
+    `written` layers of the step under way are there, and each adds `slots`.
+    """
+    if layer not in (0, written):
+        accepted = f"0 to begin a step, or {written} to go on with it"
+        raise ArgumentError("layer", layer, accepted)
+    slots = k.shape[-2] if layer == 0 else slots
+    for name, tensor, size in (("k", k, shape.head_dim), ("v", v, shape.value_dim)):
+        expected = (shape.batch, shape.num_kv_heads, slots, size)
+        if tensor.shape != expected:
+            raise ArgumentError(name, f"shape {list(tensor.shape)}", f"{list(expected)}")
+        if tensor.dtype != like.dtype or tensor.device != like.device:
+            got = f"{tensor.dtype} on {tensor.device}"
+            raise ArgumentError(name, got, f"{like.dtype} on {like.device}")
+        if tensor.requires_grad:
+            accepted = "no gradient: a cache is for inference (use torch.inference_mode())"
+            raise ArgumentError(name, "a tensor that requires a gradient", accepted)

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 
 from foveal.core.errors import ArgumentError
-from foveal.kv.cache import CacheShape, CacheStats, KVView
+from foveal.kv.cache import CacheShape, CacheStats, KVView, check_append
 
 _FIRST_CAPACITY = 64
 """Slots of the first allocation where no capacity is given."""
@@ -67,6 +67,11 @@ class ContiguousCache:
         return None if self._positions is None else self._positions[:, : self._length]
 
     @property
+    def next_positions(self) -> torch.Tensor | None:
+        """int64 [B], or None where slot j holds position j throughout."""
+        return None if self.positions is None or not self._length else self.positions.amax(1) + 1
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
         return sum(t.nbytes for t in (*self._keys, *self._values))
@@ -86,7 +91,9 @@ class ContiguousCache:
         self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None = None
     ) -> KVView:
         """Store the keys and values of one layer; see `KVCache.append`."""
-        self._check(layer, k, v)
+        check_append(
+            self.shape, self._keys[0], layer, k, v, written=self._written, slots=self._step
+        )
         start, stop = self._length, self._length + k.shape[2]
         self._reserve(layer, stop)
         if layer == 0:
@@ -157,19 +164,3 @@ class ContiguousCache:
             accepted = f"[{self.shape.batch}, {self._step}]"
             raise ArgumentError("positions", f"shape {list(new.shape)}", accepted)
         self._positions = torch.cat([before, new], dim=1)
-
-    def _check(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        if layer not in (0, self._written):
-            accepted = f"0 to begin a step, or {self._written} to go on with it"
-            raise ArgumentError("layer", layer, accepted)
-        shape, slots = self.shape, k.shape[-2] if layer == 0 else self._step
-        for name, tensor, size in (("k", k, shape.head_dim), ("v", v, shape.value_dim)):
-            expected = (shape.batch, shape.num_kv_heads, slots, size)
-            if tensor.shape != expected:
-                raise ArgumentError(name, f"shape {list(tensor.shape)}", f"{list(expected)}")
-            if tensor.dtype != self.dtype or tensor.device != self.device:
-                got = f"{tensor.dtype} on {tensor.device}"
-                raise ArgumentError(name, got, f"{self.dtype} on {self.device}")
-            if tensor.requires_grad:
-                accepted = "no gradient: a cache is for inference (use torch.inference_mode())"
-                raise ArgumentError(name, "a tensor that requires a gradient", accepted)
