@@ -65,9 +65,9 @@ def test_what_cannot_fit_or_finish_is_left_out_with_its_reason(cache: Path) -> N
 
 def test_the_budget_ends_it(cache: Path) -> None:
     calls = [(SPEC, dataclasses.replace(WORKLOAD, kv_len=n)) for n in (32, 64, 128)]
-    assert len(list(tune(calls, budget_s=0.1))) < 3
-    assert len(list(tune(calls, budget_s=3.0))) == 3
-    assert len(load_table(detect())) == 3
+    done = list(tune(calls, budget_s=0.1))
+    assert 1 <= len(done) < 3
+    assert len(load_table(detect())) == len(done)
 
 
 @pytest.mark.parametrize("quick", [True, False])

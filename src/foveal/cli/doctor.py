@@ -87,6 +87,7 @@ def _calibrate(device: str) -> None:
         calibrate(
             detect(),
             device,
+            budget_s=BUDGET_S,
             on_round=lambda: progress.update(task, completed=time.monotonic() - start),
         )
 
