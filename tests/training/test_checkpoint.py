@@ -1,10 +1,8 @@
 """A checkpoint is whole or not there, and is refused by a model that it does not fit."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -61,44 +59,27 @@ def test_a_cut_file_is_refused(tmp_path: Path) -> None:
         load_checkpoint(path, *trained())
 
 
-SAVE_FOR_EVER = """
+KILLED_WHILE_SAVING = """
+import os
+import signal
 import sys
 from pathlib import Path
-import torch
 from torch import nn
 from foveal.training.checkpoint import Counters, save_checkpoint
 from foveal.training.config import OptimiserRecipe
 from foveal.training.optimiser import build_optimiser
 
-model = nn.Linear(1000, 1000)  # 12 MB with its optimiser: a save takes long enough to be hit
-optimiser = build_optimiser(model, OptimiserRecipe())
-model(torch.randn(2, 1000)).sum().backward()
-optimiser.step()
-for step in range(10**6):
-    save_checkpoint(Path(sys.argv[1]), model, optimiser, Counters(step=step), {})
-    print(step, flush=True)
+model = nn.Linear(4, 4)
+state = (model, build_optimiser(model, OptimiserRecipe()))
+save_checkpoint(Path(sys.argv[1]), *state, Counters(step=1), {})
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+save_checkpoint(Path(sys.argv[1]), *state, Counters(step=2), {})
 """
 
 
-def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_a_process_killed_while_saving_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
-    command = [sys.executable, "-c", SAVE_FOR_EVER, str(path)]
-    killed_inside = 0
-    for delay in (0.004, 0.015):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            lines = [process.stdout.readline() for _ in range(3)]
-            assert lines[-1] == "2\n"
-            time.sleep(delay)
-            os.kill(process.pid, signal.SIGKILL)
-        header, names = read_header(path)
-        assert header["counters"]["step"] >= 2
-        assert "model.weight" in names
-        torch.manual_seed(0)
-        model = nn.Linear(1000, 1000)
-        load_checkpoint(path, model, build_optimiser(model, OptimiserRecipe()))
-        partial = [other for other in tmp_path.iterdir() if other != path]
-        killed_inside += bool(partial)
-        for other in partial:
-            other.unlink()
-    assert killed_inside, "no kill hit a save: the test proves nothing"
+    command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(path)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2, "the new file was being written"
+    assert read_header(path)[0]["counters"]["step"] == 1

@@ -27,7 +27,7 @@ def write_files(root: Path, names: list[str]) -> Path:
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"text of {name}")
+        path.write_text(f"text of {name}, " * 3)
     return root
 
 
@@ -86,8 +86,23 @@ def test_of_few_documents_the_tails_are_held_out(tmp_path: Path, tokenizer: Toke
     assert bytes(streams.heldout[1:-1].tolist()) == b"b" * 50
 
 
+def test_of_many_documents_none_drawn_the_tails_are_held_out(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    found = documents([write_files(tmp_path / "text", [f"{i}.txt" for i in range(80)])])
+    write_streams([d for d in found if not d.held_out], tokenizer, tmp_path / "data")
+    assert read_streams(tmp_path / "data").heldout_facts.text_bytes >= 70 * 10 // 20
+
+
+def test_text_too_short_to_hold_any_out_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "short").write_text("short")
+    with pytest.raises(ConfigError, match="1 documents hold no text for the heldout stream"):
+        write_streams(documents([tmp_path / "short"]), tokenizer, tmp_path / "data")
+
+
 def test_a_cut_stream_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    write_streams(documents([write_files(tmp_path / "t", ["a"])]), tokenizer, tmp_path / "data")
+    (tmp_path / "text").write_text("a" * 40)
+    write_streams(documents([tmp_path / "text"]), tokenizer, tmp_path / "data")
     (tmp_path / "data" / "train.bin").write_bytes(b"\0\0")
     with pytest.raises(LoadError, match=r"train\.bin: not the \d+ tokens"):
         read_streams(tmp_path / "data")

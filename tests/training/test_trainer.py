@@ -60,10 +60,12 @@ def test_a_tiny_model_learns_a_tiny_text_by_heart(text: Path, tmp_path: Path) ->
     assert trainer.evaluate(100).bits_per_byte < 1.5
 
 
-def test_stopping_and_resuming_changes_nothing(text: Path, tmp_path: Path) -> None:
-    whole = start_run(tiny(), [text], tmp_path / "whole")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_stopping_and_resuming_changes_nothing(precision: str, text: Path, tmp_path: Path) -> None:
+    recipe = tiny(run_precision=precision)
+    whole = start_run(recipe, [text], tmp_path / "whole")
     assert whole.run(ignore, never)
-    parts = start_run(tiny(), [text], tmp_path / "parts")
+    parts = start_run(recipe, [text], tmp_path / "parts")
     assert not parts.run(ignore, stop_after(parts, 5))
     torch.rand(3)  # the random state, too, comes from the checkpoint
     resumed = resume_run(tmp_path / "parts")
@@ -71,6 +73,18 @@ def test_stopping_and_resuming_changes_nothing(text: Path, tmp_path: Path) -> No
     assert resumed.run(ignore, never)
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(resumed)[name]), name
+
+
+def test_bfloat16_rounds_the_products_and_nothing_else(text: Path, tmp_path: Path) -> None:
+    full = start_run(tiny(), [text], tmp_path / "full")
+    half = start_run(tiny(run_precision="bfloat16"), [text], tmp_path / "half")
+    first, second = full.step(), half.step()
+    assert first.loss != second.loss
+    assert second.loss == pytest.approx(first.loss, rel=1e-3)
+    assert second.gradient_norm == pytest.approx(first.gradient_norm, rel=2e-2)
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+    states = half.optimiser.state.values()
+    assert {value.dtype for state in states for value in state.values()} == {torch.float32}
 
 
 def test_a_resumed_curve_repeats_no_step(text: Path, tmp_path: Path) -> None:

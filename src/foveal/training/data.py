@@ -12,7 +12,7 @@ rows taken, and resuming is exact by construction.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,30 +55,23 @@ class Streams:
     begin_id: int
 
 
-def write_streams(found: Iterable[Document], tokenizer: Tokenizer, folder: Path) -> None:
+def write_streams(found: Sequence[Document], tokenizer: Tokenizer, folder: Path) -> None:
     """Write `train.bin`, `heldout.bin` and, last, `data.json`, which says that both are whole.
 
-    Held out are the documents that `Document.held_out` draws; of fewer than twenty documents, the
-    last twentieth of each.
+    Held out are the documents that `Document.held_out` draws; where there are too few documents for
+    that, the last twentieth of each. Raises `ConfigError` for text too short to hold any out.
     """
     if tokenizer.bos_id is None or not tokenizer.eos_ids:
         raise ConfigError("tokenizer: needs tokens that begin and end a text (bos and eos)")
     ends = (tokenizer.bos_id, tokenizer.eos_ids[0])
-    texts = [(document, text) for document in found if (text := document.read())]
-    if len(texts) >= HELDOUT_SHARE:
-        train = [text for document, text in texts if not document.held_out]
-        heldout = [text for document, text in texts if document.held_out]
-    else:
-        cuts = [len(text) - len(text) // HELDOUT_SHARE for _, text in texts]
-        train = [text[:cut] for (_, text), cut in zip(texts, cuts, strict=True)]
-        heldout = [text[cut:] for (_, text), cut in zip(texts, cuts, strict=True)]
     dtype: DType = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    facts = {
-        "dtype": dtype.name,
-        "begin_id": ends[0],
-        "train": asdict(_write(folder / "train.bin", train, tokenizer, ends, dtype)),
-        "heldout": asdict(_write(folder / "heldout.bin", heldout, tokenizer, ends, dtype)),
-    }
+    facts: dict[str, Any] = {"dtype": dtype.name, "begin_id": ends[0]}
+    for name, held_out in (("train", False), ("heldout", True)):
+        texts = _texts(found, held_out=held_out)
+        written = _write(folder / f"{name}.bin", texts, tokenizer, ends, dtype)
+        if not written.text_bytes:
+            raise ConfigError(f"data: {len(found)} documents hold no text for the {name} stream")
+        facts[name] = asdict(written)
     write_text(folder / "data.json", json.dumps(facts, indent=2) + "\n")
 
 
@@ -98,10 +91,23 @@ def read_streams(folder: Path) -> Streams:
     return Streams(streams[0], streams[1], train, heldout, facts["begin_id"])
 
 
+def _texts(found: Sequence[Document], *, held_out: bool) -> Iterator[str]:
+    """The texts of one of the two streams, read one by one."""
+    whole = len(found) >= HELDOUT_SHARE and any(document.held_out for document in found)
+    for document in found:
+        if whole and document.held_out != held_out:
+            continue
+        text = document.read()
+        if text is None:
+            continue
+        cut = len(text) - len(text) // HELDOUT_SHARE
+        yield text if whole else text[cut:] if held_out else text[:cut]
+
+
 def _write(
-    path: Path, texts: list[str], tokenizer: Tokenizer, ends: tuple[int, int], dtype: DType
+    path: Path, texts: Iterator[str], tokenizer: Tokenizer, ends: tuple[int, int], dtype: DType
 ) -> StreamFacts:
-    num_bytes = num_tokens = 0
+    num_documents = num_bytes = num_tokens = 0
     digest = hashlib.sha256()
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         for text in texts:
@@ -109,10 +115,14 @@ def _write(
             ids = np.array([ends[0], *inner, ends[1]], dtype=dtype)
             file.write(ids.tobytes())
             digest.update(ids.tobytes())
+            num_documents += 1
             num_bytes += len(text.encode())
             num_tokens += len(ids)
     return StreamFacts(
-        documents=len(texts), text_bytes=num_bytes, tokens=num_tokens, sha256=digest.hexdigest()
+        documents=num_documents,
+        text_bytes=num_bytes,
+        tokens=num_tokens,
+        sha256=digest.hexdigest(),
     )
 
 
