@@ -61,6 +61,7 @@ def test_a_run_leaves_a_model_that_loads(arguments: list[str], tmp_path: Path) -
     assert result == json.loads((out / "result.json").read_text())
     assert result["steps"] == 6 and result["tokens"] == 6 * 4 * 32
     assert 0 < result["heldout_bits_per_byte"] < 10
+    assert f"{result['heldout_bits_per_byte']:.3f} bits" in (out / "model/README.md").read_text()
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     with safe_open(out / "model" / "model.safetensors", framework="pt") as file:
         dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118

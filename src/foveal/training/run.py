@@ -23,6 +23,7 @@ from foveal.hardware.detect import detect
 from foveal.models.decoder import Decoder
 from foveal.text.bytes import write_byte_tokenizer
 from foveal.text.tokenizer import load_tokenizer
+from foveal.training.card import model_card
 from foveal.training.checkpoint import read_header
 from foveal.training.config import Recipe
 from foveal.training.corpus import documents, standard_library
@@ -83,6 +84,7 @@ def finish_run(trainer: Trainer, observe: Observer) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+    write_text(out / "model" / "README.md", model_card(result))
     write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
