@@ -10,7 +10,9 @@ import typer
 from rich.console import Console
 
 from foveal.cli.backends import backends
+from foveal.cli.chat import chat
 from foveal.cli.doctor import doctor
+from foveal.cli.generate import generate
 from foveal.cli.train import train
 from foveal.cli.tune import tune
 from foveal.core.errors import FovealError
@@ -29,6 +31,8 @@ def root() -> None:
     """Attention, from kernels to a serving engine: computed, chosen, measured and explained."""
 
 
+app.command()(generate)
+app.command()(chat)
 app.command()(train)
 app.command()(backends)
 app.command()(doctor)

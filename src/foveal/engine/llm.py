@@ -108,11 +108,12 @@ class LLM:
         text = self.chat_template.render(messages, tools=tools)
         return self.tokenizer.encode(text, special=False)
 
-    def explain(self, num_prompt_tokens: int) -> tuple[Choice, Choice]:
-        """Who computes the attention of the first layer for one prompt of this length, and why:
-        its prefill (the last chunk of it), and the decoding of the token after it."""
+    def explain(self, num_prompt_tokens: int, num_tokens: int = 2) -> tuple[Choice, Choice]:
+        """Who computes the attention of the first layer, and why: in the prefill of one prompt of
+        this length (its last chunk), and in the decoding of the last of `num_tokens`."""
         last_chunk = (num_prompt_tokens - 1) % self._chunk + 1
-        sizes = ((last_chunk, num_prompt_tokens), (1, num_prompt_tokens + 1))
+        num_keys = num_prompt_tokens + max(num_tokens - 1, 1)
+        sizes = ((last_chunk, num_prompt_tokens), (1, num_keys))
         spec, model = self.model.config.spec(0), self.model
         prefill, decode = (
             choose(

@@ -61,9 +61,9 @@ class SamplingParams:
         _check_number("temperature", self.temperature, 0, math.inf)
         if self.top_k is not None:
             _check_integer("top_k", self.top_k, 1)
-        _check_positive("top_p", self.top_p, 1)
+        _check_number("top_p", self.top_p, 0, 1, above=True)
         _check_number("min_p", self.min_p, 0, 1)
-        _check_positive("repetition_penalty", self.repetition_penalty, math.inf)
+        _check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, above=True)
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
         for token_id, bias in self.logit_bias.items():
@@ -164,16 +164,15 @@ def _check_integer(name: str, value: object, low: int, high: float = math.inf) -
         raise ArgumentError(name, repr(value), accepted)
 
 
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    bound = "infinity)" if high == math.inf else f"{high:g}]"
-    accepted = f"a number in [{low:g}, {bound}"
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ArgumentError(name, repr(value), accepted)
-    if not low <= value <= high or value == math.inf:  # NaN fails the first comparison
-        raise ArgumentError(name, repr(value), accepted)
-
-
-def _check_positive(name: str, value: object, high: float) -> None:
-    _check_number(name, value, 0, high)
-    if value == 0:
-        raise ArgumentError(name, repr(value), "a number above 0")
+def _check_number(
+    name: str, value: object, low: float, high: float, *, above: bool = False
+) -> None:
+    """`above`: the value must not equal `low`."""
+    bounds = f"{'(' if above else '['}{low:g}, " + (
+        "infinity)" if high == math.inf else f"{high:g}]"
+    )
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        inside = low < value if above else low <= value
+        if inside and value <= high and value != math.inf:  # NaN is never inside
+            return
+    raise ArgumentError(name, repr(value), f"a number in {bounds}")
