@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from foveal.attention.api import attend
-from foveal.bench.accuracy import BACKWARD_FACTOR, compare, plain
+from foveal.bench.accuracy import BACKWARD_FACTOR, compare, plain, score_rounding
 from foveal.bench.record import Accuracy
 from foveal.bench.trials import BACKWARD, FORWARD, Trial
 from foveal.core.dtypes import dtype_name
@@ -85,13 +85,14 @@ def _forward(trial: Trial) -> Judge:
     seen, judged, blind = trial.seen, trial.judged, trial.blind
     exact = plain(*_double(trial), trial.spec, seen)[judged]
     plainly = plain(trial.q, trial.k, trial.v, trial.spec, seen)[judged]
+    slack = score_rounding(trial.q, trial.k, trial.v, trial.spec, seen)
     k, v = trial.poisoned
 
     def judge(backend: str) -> tuple[Accuracy, str]:
         out, lse = attend(
             trial.q, k, v, trial.spec, backend=backend, return_lse=True, **trial.given
         )
-        accuracy = compare(out[judged], plainly, exact)
+        accuracy = compare(out[judged], plainly, exact, slack=slack)
         exactly = bool((out[blind] == 0).all() and (lse[blind] == -torch.inf).all())
         return accuracy, "" if exactly else "a row that sees nothing is not 0 and -inf"
 

@@ -174,7 +174,6 @@ FORWARD: dict[str, Make] = {
 
 BACKWARD = (
     "inputs at 1",
-    "inputs at 1e-2",
     f"logits shifted by {SHIFT:.0e}",
     "poison behind kv_lengths",
     "poison behind a mask",
