@@ -64,9 +64,10 @@ def test_documents_are_opened_and_closed_and_kept_apart(
 ) -> None:
     found = documents([write_files(tmp_path / "text", [f"{i}.txt" for i in range(80)])])
     (tmp_path / "text" / "0.txt").write_bytes(b"\xff\xfe")  # not UTF-8: left out
+    (tmp_path / "text" / "1.txt").write_bytes(b"")  # empty: left out
     write_streams(found, tokenizer, tmp_path / "data")
     streams = read_streams(tmp_path / "data")
-    kept = [d for d in found if d.name != "0.txt"]
+    kept = [d for d in found if d.name not in ("0.txt", "1.txt")]
     for stream, facts, want in (
         (streams.train, streams.train_facts, [d for d in kept if not d.held_out]),
         (streams.heldout, streams.heldout_facts, [d for d in kept if d.held_out]),

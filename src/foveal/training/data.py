@@ -98,7 +98,7 @@ def _texts(found: Sequence[Document], *, held_out: bool) -> Iterator[str]:
         if whole and document.held_out != held_out:
             continue
         text = document.read()
-        if text is None:
+        if not text:
             continue
         cut = len(text) - len(text) // HELDOUT_SHARE
         yield text if whole else text[cut:] if held_out else text[:cut]
