@@ -121,6 +121,25 @@ SCALINGS: dict[str, tuple[Scaling, dict[str, object]]] = {
         YarnScaling(factor=40.0, original_length=4096, attention_factor=1.3688879454113936),
         {"factor": 40.0, "original_max_position_embeddings": 4096},
     ),
+    "yarn-untruncated": (
+        YarnScaling(
+            factor=4.0,
+            original_length=512,
+            attention_factor=(0.07 * math.log(4) + 1) / (0.1 * math.log(4) + 1),
+            beta_fast=16.0,
+            beta_slow=2.0,
+            truncate=False,
+        ),
+        {
+            "factor": 4.0,
+            "original_max_position_embeddings": 512,
+            "beta_fast": 16,
+            "beta_slow": 2,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.0,
+            "truncate": False,
+        },
+    ),
     "longrope": (
         LongScaling(
             short_factor=(1.0,) * 32,
@@ -142,6 +161,7 @@ SCALINGS: dict[str, tuple[Scaling, dict[str, object]]] = {
 @pytest.mark.parametrize("length", [10, 65, 100])
 def test_frequencies_equal_the_reference_bit_for_bit(kind: str, length: int) -> None:
     scaling, fields = SCALINGS[kind]
+    kind = kind.partition("-")[0]
     config = hf.LlamaConfig(
         hidden_size=256,
         num_attention_heads=4,
@@ -150,7 +170,7 @@ def test_frequencies_equal_the_reference_bit_for_bit(kind: str, length: int) -> 
     )
     theirs, factor = ROPE_INIT_FUNCTIONS[kind](config, seq_len=torch.tensor(length))
     assert torch.equal(scaling.frequencies(10000.0, 64, length), theirs)
-    assert scaling.attention_factor == factor
+    assert scaling.attention_factor == pytest.approx(factor, rel=1e-12)
 
 
 def test_length_dependence_is_declared() -> None:
