@@ -56,7 +56,8 @@ def test_measurements_beat_estimates(cache: Path, fast: str) -> None:
     file_times(**times)
     choice = choose(SPEC, WORKLOAD)
     assert choice.name == fast
-    assert choice.reason.startswith(f"{fast}: measured 1 ms (2026-01-02, {WORKLOAD}), against")
+    assert choice.reason.startswith(f"{fast}: measured 1 ms, against")
+    assert f"(2026-01-02, {WORKLOAD})" in choice.reason
     assert choice.chosen.basis == "measured"
 
 

@@ -14,6 +14,7 @@ from foveal.cli.main import app
 from foveal.core.errors import ArgumentError, BudgetExceeded
 from foveal.hardware import calibrate as calibration
 from foveal.hardware.detect import detect
+from tiny import write_tiny_model
 
 
 def run(*words: str) -> str:
@@ -86,7 +87,9 @@ def test_backends_chooses_for_a_call() -> None:
     assert choice["spec"] == "8/2 heads of 32, causal, window 100, sinks 4"
     assert choice["workload"] == "B=1 Lq=1 Lk=500, bfloat16 on cpu"
     assert choice["backend"] in {c["name"] for c in choice["candidates"] if not c["refusals"]}
-    assert choice["reason"] in run(*words)
+    text = run(*words)
+    assert choice["reason"] in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_backends_refuses_in_words() -> None:
@@ -119,6 +122,17 @@ def test_tune_prints_a_table() -> None:
     text = run("tune", "--heads", "2", "--head-dim", "16", "--kv-len", "20", "--budget", "0.1")
     assert "2 heads of 16, causal" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_tune_measures_the_calls_of_a_model(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    tuned = run_json("tune", "--model", str(tmp_path), "--dtype", "bf16", "--budget", "1")
+    assert [result["workload"] for result in tuned] == [
+        "B=1 Lq=128 Lk=128, bfloat16 on cpu",
+        "B=1 Lq=1 Lk=128, bfloat16 on cpu, with kv_positions, q_positions",
+    ]
+    with pytest.raises(ArgumentError, match="--model"):
+        run("tune", "--model", str(tmp_path), "--heads", "3")
 
 
 @pytest.mark.parametrize("command", ["doctor", "backends", "tune"])

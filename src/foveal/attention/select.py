@@ -94,9 +94,10 @@ class Choice:
         if not others:
             words += "the only one willing"
             words += "; " if self.memory_budget is None else " that fits the memory budget; "
-        words += f"{chosen.basis} {format_s(chosen.seconds)} ({chosen.formula})"
+        words += f"{chosen.basis} {format_s(chosen.seconds)}"
         if rivals:
             words += ", against " + ", ".join(rivals)
+        words += f" ({chosen.formula})"
         if chosen.basis == "estimate":
             return f"{self.name}: {words}; `foveal tune` would measure it"
         unmeasured = [c.name for c in others if c.basis != chosen.basis]
@@ -221,7 +222,7 @@ def _nobody(
     """Why none of those who were asked can compute the call."""
     who = f"backend {asked[0].name!r}" if len(asked) == 1 else "no backend"
     verb = "cannot compute" if len(asked) == 1 else "can compute"
-    call = f"{spec} for {workload}"
+    call = f"this call ({spec}; {workload})"
     willing = {c.name: c.workspace_bytes for c in asked if not c.refusals}
     if willing and memory_budget is not None:
         what = f"{who} {verb} {call} within the memory budget"

@@ -8,7 +8,7 @@ longer for one call than the bucket may take in all, is left out, and the report
 
 import datetime
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from foveal.attention.backend import Backend
-from foveal.attention.catalogue import BACKENDS
+from foveal.attention.catalogue import BACKENDS, BY_NAME
 from foveal.attention.operands import Operands
 from foveal.attention.select import weigh
 from foveal.attention.spec import AttentionSpec
@@ -25,6 +25,7 @@ from foveal.attention.table import Measured, bucket_key, bucket_of, save_table
 from foveal.attention.workload import Workload
 from foveal.core.units import format_bytes, format_s
 from foveal.hardware.detect import detect
+from foveal.hardware.peaks import peaks
 from foveal.hardware.timer import Samples, interleave
 
 NEAR = 3.0
@@ -41,6 +42,8 @@ class Tuned:
     workload: Workload
     times: dict[str, Samples]
     """By backend, fastest first."""
+    estimates: dict[str, float]
+    """What each of them was estimated to take, in seconds."""
     skipped: dict[str, str]
     """Backends that were not measured, and why."""
 
@@ -52,6 +55,7 @@ class Tuned:
             "times": {
                 name: {
                     "median_s": s.median_s,
+                    "estimate_s": self.estimates[name],
                     "spread_s": s.spread_s,
                     "disturbed": s.disturbed,
                     "seconds": s.seconds,
@@ -88,7 +92,11 @@ def tune_one(spec: AttentionSpec, workload: Workload, budget_s: float) -> Tuned:
         filed = {name: _filed(samples, workload) for name, samples in times.items()}
         save_table(machine, {bucket_key(spec, bucket_of(workload)): filed})
     ranked = dict(sorted(times.items(), key=lambda item: item[1].median_s))
-    return Tuned(spec=spec, workload=workload, times=ranked, skipped=skipped)
+    device_peaks = peaks(machine, workload.device)
+    estimates = {
+        name: BY_NAME[name].estimate(spec, workload, device_peaks).seconds for name in ranked
+    }
+    return Tuned(spec=spec, workload=workload, times=ranked, estimates=estimates, skipped=skipped)
 
 
 class Run:
@@ -130,6 +138,31 @@ def grid(*, quick: bool = False, device: str = "cpu") -> tuple[Call, ...]:
             Workload(batch=1, q_len=q, kv_len=k, dtype=dtype, device=device, needs_grad=needs_grad),
         )
         for (heads, kv_heads, dim), dtype, (q, k, needs_grad) in product(layouts, dtypes, lengths)
+    )
+
+
+def model_calls(
+    specs: Iterable[AttentionSpec],
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    batch: int = 1,
+    max_length: int,
+) -> tuple[Call, ...]:
+    """The calls of generation with layers of these specs: prompts in chunks of up to 512 tokens,
+    then decoding, which passes positions along."""
+    positions = frozenset({"q_positions", "kv_positions"})
+    prefills = ((128, 128), (512, 512), (512, 2048))
+    decodes = ((1, 128), (1, 512), (1, 2048))
+    lengths = [(q, k, frozenset[str]()) for q, k in prefills]
+    lengths += [(q, k, positions) for q, k in decodes]
+    return tuple(
+        (
+            spec,
+            Workload(batch=batch, q_len=q, kv_len=k, dtype=dtype, device=device, operands=operands),
+        )
+        for spec, (q, k, operands) in product(dict.fromkeys(specs), lengths)
+        if k <= max_length
     )
 
 

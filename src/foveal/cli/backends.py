@@ -66,7 +66,7 @@ def backends(
         document = {"capabilities": able, "choice": choice and choice.to_dict()}
         print(json.dumps(document, indent=1, ensure_ascii=False))
     elif choice is not None:
-        print(choice)
+        Console(highlight=False, markup=False).print(str(choice))
     else:
         _print_table(capabilities(device), f"Attention backends on this machine's {device}")
 

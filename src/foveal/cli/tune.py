@@ -29,6 +29,9 @@ def tune(
     softcap: options.Softcap = None,
     grad: options.Grad = None,
     device: options.Device = "cpu",
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint whose calls to measure: directory or hub name.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Three calls, about 10 seconds.")] = False,
     budget: Annotated[
         float | None,
@@ -38,7 +41,8 @@ def tune(
 ) -> None:
     """Measure every willing attention backend and remember the times.
 
-    It measures a grid of common calls, or the one that the options describe.
+    It measures a grid of common calls, those of a model (with --model), or the
+    one that the other options describe.
     Each result is filed at once: Ctrl-C loses none. From then on these calls
     are decided by measurement.
 
@@ -61,8 +65,13 @@ def tune(
         softcap=softcap,
         grad=grad,
     )
-    calls = (given.call(device),) if given.given else tuning.grid(quick=quick, device=device)
-    seconds = budget or (10.0 if quick or given.given else 120.0)
+    if model is not None:
+        calls = given.calls_of_model(model, device)
+    elif given.given:
+        calls = (given.call(device),)
+    else:
+        calls = tuning.grid(quick=quick, device=device)
+    seconds = budget or (10.0 if quick or len(calls) == 1 else 120.0)
     results = (tuned.to_dict() for tuned in tuning.tune(calls, budget_s=seconds))
     found = _with_progress(results, len(calls))
     if as_json:
@@ -100,4 +109,5 @@ def _print(found: list[Json], num_left: int) -> None:
 
 
 def _time(name: str, time: Json) -> str:
-    return f"{name} {format_s(time['median_s'])}" + ("?" if time["disturbed"] else "")
+    doubt = "?" if time["disturbed"] else ""
+    return f"{name} {format_s(time['median_s'])}{doubt} (est. {format_s(time['estimate_s'])})"
