@@ -107,6 +107,9 @@ def test_a_cut_stream_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "data" / "train.bin").write_bytes(b"\0\0")
     with pytest.raises(LoadError, match=r"train\.bin: not the \d+ tokens"):
         read_streams(tmp_path / "data")
+    (tmp_path / "data" / "data.json").unlink()
+    with pytest.raises(LoadError, match=r"holds no data\.json"):
+        read_streams(tmp_path / "data")
 
 
 def counting(num_tokens: int) -> np.ndarray:

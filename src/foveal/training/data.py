@@ -77,6 +77,8 @@ def write_streams(found: Sequence[Document], tokenizer: Tokenizer, folder: Path)
 
 def read_streams(folder: Path) -> Streams:
     """Map the streams of `folder`. Raises `LoadError` if they are not what `data.json` says."""
+    if not (folder / "data.json").is_file():
+        raise LoadError(f"{folder}: holds no data.json, so its token streams are not whole")
     facts = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     dtype = np.dtype(facts["dtype"])
     streams = []
