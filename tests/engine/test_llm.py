@@ -1,5 +1,7 @@
 """`LLM` against transformers' own generation, and its promises to the caller."""
 
+import shutil
+
 import pytest
 import torch
 import transformers as hf
@@ -8,7 +10,9 @@ from foveal.attention.catalogue import BY_NAME
 from foveal.core.errors import ArgumentError, LoadError, RequestError
 from foveal.engine.llm import LLM
 from foveal.engine.request import SamplingParams
-from foveal.text.bytes import BEGIN_ID, END_ID
+from foveal.text.bytes import BEGIN_ID, END_ID, write_byte_tokenizer
+from models.checkpoints import directory as checkpoint
+from models.checkpoints import reference
 from tiny import CONTEXT, write_tiny_model
 
 PROMPTS = ["def f(x):", "a", "import os\nimport sys\n\nprint(os.getcwd())", "naïve é"]
@@ -98,6 +102,25 @@ def test_batching_and_chunks_change_nothing(directory, llm, fields):
         for a, b in zip(one.logprobs, other.logprobs, strict=True):
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
             assert [i for i, _ in a.top] == [i for i, _ in b.top]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mistral-window", "gemma2", "gemma3", "qwen3", "gpt2", "llama-dynamic", "phi3-longrope"],
+)
+def test_families_in_an_uneven_batch(name, tmp_path):
+    """Greedy like transformers, each prompt alone there; the answers pass the lengths at which
+    windows, dynamic scaling and LongRoPE begin to matter."""
+    root = tmp_path / "model"
+    shutil.copytree(checkpoint(name), root)
+    write_byte_tokenizer(root)
+    prompts = [[5, 9, 2], list(range(1, 18)), list(range(30, 41))]
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    made = LLM(root, prefill_chunk=5).generate(prompts, params)
+    for prompt, completion in zip(prompts, made, strict=True):
+        expected = generate(reference(name), prompt, max_new_tokens=len(completion.token_ids))
+        assert list(completion.token_ids) == expected
+        assert len(expected) == 16 or len(prompt) + len(expected) == LLM(root).context
 
 
 def test_seeds(llm):

@@ -57,6 +57,10 @@ class LLM:
         self.model = load_model(self.directory, dtype=wanted, device=device)
         self.backend = backend
         self._max_batch, self._chunk = max_batch, prefill_chunk
+        ropes = (self.model.config.rope, self.model.config.window_rope)
+        if any(rope is not None and rope.scaling.length_dependent for rope in ropes):
+            # The longest sequence of a call sets the frequencies: no neighbours, no parts.
+            self._max_batch, self._chunk = 1, self.context
 
     @property
     def context(self) -> int:
