@@ -2,7 +2,8 @@
 
 A bucket holds the calls that should take alike. From the spec it keeps what costs time (heads,
 sizes, mask; of softcap, dropout and ALiBi only that they are there; not the scale). From the
-workload it keeps batch and lengths rounded up to a power of two, dtype, device, packing,
+workload it keeps batch and lengths rounded up to a power of two, which of the lengths is larger
+(a kernel's own causal mask may serve only where they are equal), dtype, device, packing,
 gradients and the tensors beside q, k, v. A bucket's entry comes from one shape in one interleaved
 run, so its times can be compared; tuning another shape of the bucket replaces the entry.
 
@@ -44,19 +45,25 @@ Table = Mapping[str, Mapping[str, Measured]]
 """Bucket key -> backend name -> time."""
 
 
+def bucket_key(spec: AttentionSpec, workload: Workload) -> str:
+    """The text under which a call's bucket is filed."""
+    q_len, kv_len = workload.q_len, workload.kv_len
+    relation = "=" if q_len == kv_len else "<" if q_len < kv_len else ">"
+    return _bucket_key(spec, bucket_of(workload), relation)
+
+
 @lru_cache(maxsize=4096)
-def bucket_key(spec: AttentionSpec, bucket: Workload) -> str:
-    """The text under which a bucket is filed; `bucket` comes from `bucket_of`."""
+def _bucket_key(spec: AttentionSpec, bucket: Workload, relation: str) -> str:
     kept = spec.replace(
         scale=None,
         softcap=spec.softcap and 1.0,
         dropout=0.5 if spec.dropout else 0.0,
     )
-    return f"{kept} @ {bucket}"
+    return f"{kept} @ {bucket}, Lq {relation} Lk"
 
 
 def bucket_of(workload: Workload) -> Workload:
-    """The workload that stands for all those of its bucket."""
+    """The workload at the upper edge of a workload's bucket."""
     return dataclasses.replace(
         workload,
         batch=_round_up(workload.batch),
