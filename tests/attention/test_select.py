@@ -15,7 +15,7 @@ from foveal.attention.catalogue import BACKENDS, BY_NAME
 from foveal.attention.explain import explain
 from foveal.attention.select import Choice, choose, weigh
 from foveal.attention.spec import Approximation, AttentionSpec
-from foveal.attention.table import Measured, bucket_key, bucket_of, load_table, save_table
+from foveal.attention.table import Measured, bucket_key, load_table, save_table
 from foveal.attention.workload import Workload
 from foveal.core.errors import ArgumentError, BudgetExceeded, Unsupported
 from foveal.hardware import store
@@ -32,7 +32,7 @@ def measured(seconds: float, **fields: object) -> Measured:
 
 
 def file_times(machine: Machine | None = None, **times: float) -> None:
-    key = bucket_key(SPEC, bucket_of(WORKLOAD))
+    key = bucket_key(SPEC, WORKLOAD)
     filed = {name: measured(seconds) for name, seconds in times.items()}
     save_table(machine or detect(), {key: filed})
 
@@ -71,11 +71,13 @@ def test_an_estimate_never_beats_a_measurement(cache: Path) -> None:
 
 def test_a_bucket_serves_its_lengths_and_no_others(cache: Path) -> None:
     file_times(unfused=1e3)
-    inside = dataclasses.replace(WORKLOAD, q_len=129, kv_len=200)
+    inside = dataclasses.replace(WORKLOAD, q_len=200, kv_len=200)
     assert choose(SPEC, inside).chosen.basis == "measured"
     for outside in (
         dataclasses.replace(WORKLOAD, kv_len=257),
         dataclasses.replace(WORKLOAD, q_len=128),
+        dataclasses.replace(WORKLOAD, q_len=255),
+        dataclasses.replace(WORKLOAD, kv_len=255),
         dataclasses.replace(WORKLOAD, batch=2),
         dataclasses.replace(WORKLOAD, dtype=torch.bfloat16),
         dataclasses.replace(WORKLOAD, needs_grad=True),
@@ -101,7 +103,7 @@ def test_another_machine_has_another_table(cache: Path) -> None:
 
 def test_tables_are_merged_by_bucket(cache: Path) -> None:
     file_times(unfused=1e-3)
-    other = bucket_key(SPEC, bucket_of(dataclasses.replace(WORKLOAD, batch=9)))
+    other = bucket_key(SPEC, dataclasses.replace(WORKLOAD, batch=9))
     save_table(detect(), {other: {"flash": measured(1.0)}})
     table = load_table(detect())
     assert table[other] == {"flash": measured(1.0)}
@@ -124,8 +126,8 @@ def test_a_table_that_cannot_be_trusted_is_ignored_and_said_once(
         text = json.dumps(content | changed)
     path.unlink()
     store.write_text(path, text)
-    for kv_len in (200, 201):
-        workload = dataclasses.replace(WORKLOAD, kv_len=kv_len)
+    for length in (200, 201):
+        workload = dataclasses.replace(WORKLOAD, q_len=length, kv_len=length)
         assert choose(SPEC, workload).chosen.basis == "estimate"
     (record,) = caplog.records
     assert "ignored" in record.message

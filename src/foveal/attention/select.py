@@ -22,7 +22,7 @@ import torch
 from foveal.attention.backend import Backend
 from foveal.attention.catalogue import BACKENDS, BY_NAME
 from foveal.attention.spec import AttentionSpec
-from foveal.attention.table import Measured, bucket_key, bucket_of, load_table
+from foveal.attention.table import Measured, bucket_key, load_table
 from foveal.attention.workload import Workload
 from foveal.core.dtypes import dtype_name
 from foveal.core.errors import ArgumentError, BudgetExceeded, Unsupported
@@ -172,7 +172,7 @@ def weigh(
 ) -> tuple[Candidate, ...]:
     """Every backend's standing for a call, in the order of the catalogue. Nothing is cached."""
     machine = detect()
-    times = load_table(machine).get(bucket_key(spec, bucket_of(workload)), {})
+    times = load_table(machine).get(bucket_key(spec, workload), {})
     device_peaks = peaks(machine, workload.device)
     return tuple(
         _weigh_one(b, spec, workload, machine, device_peaks, times.get(b.name), memory_budget)

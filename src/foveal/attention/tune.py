@@ -21,7 +21,7 @@ from foveal.attention.catalogue import BACKENDS, BY_NAME
 from foveal.attention.operands import Operands
 from foveal.attention.select import weigh
 from foveal.attention.spec import AttentionSpec
-from foveal.attention.table import Measured, bucket_key, bucket_of, save_table
+from foveal.attention.table import Measured, bucket_key, save_table
 from foveal.attention.workload import Workload
 from foveal.core.units import format_bytes, format_s
 from foveal.hardware.detect import detect
@@ -90,7 +90,7 @@ def tune_one(spec: AttentionSpec, workload: Workload, budget_s: float) -> Tuned:
     machine = detect()
     if times:
         filed = {name: _filed(samples, workload) for name, samples in times.items()}
-        save_table(machine, {bucket_key(spec, bucket_of(workload)): filed})
+        save_table(machine, {bucket_key(spec, workload): filed})
     ranked = dict(sorted(times.items(), key=lambda item: item[1].median_s))
     device_peaks = peaks(machine, workload.device)
     estimates = {
