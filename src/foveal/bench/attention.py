@@ -28,6 +28,8 @@ from foveal.hardware.timer import Samples, interleave
 SEED = 0
 MOST_SAMPLES = 100
 """Kept of each backend at a cell, evenly spaced in time; a short call would leave thousands."""
+BUDGET_S = 2.0
+QUICK_BUDGET_S = 1.0
 MEMORY_SHARE = 0.5
 """Of the memory that is available now, what a backend's workspace may take."""
 
@@ -40,12 +42,21 @@ class Settings:
 
     backends: tuple[str, ...]
     """Who takes part."""
-    budget_s: float = 3.0
+    budget_s: float
     """Time for the samples of one cell, all backends together."""
     min_samples: int = 5
     """Of each backend, even where that exceeds the budget."""
     cap_s: float = 10.0
-    """Estimated time of a call from which on a backend is skipped."""
+    """Time of a call, measured or estimated, from which on a backend is skipped."""
+
+    @property
+    def described(self) -> dict[str, str]:
+        """For the records."""
+        return {
+            "backends": ", ".join(self.backends),
+            "samples": f"{format_s(self.budget_s)} a cell, at least {self.min_samples}",
+            "cap": format_s(self.cap_s),
+        }
 
 
 def measure(cell: Cell, settings: Settings, run: Run) -> Iterator[Record]:

@@ -16,6 +16,7 @@ from typing import Literal
 from foveal.attention.cost import matmul_flops, visible_pairs
 from foveal.attention.spec import AttentionSpec
 from foveal.attention.workload import Workload
+from foveal.bench import lines
 from foveal.core.dtypes import accumulate_dtype, dtype_name
 from foveal.hardware.profile import Machine
 from foveal.hardware.roofline import Peaks
@@ -168,6 +169,11 @@ class Record:
     def disagrees(self) -> bool:
         """Measured, and not as exact as it must be."""
         return self.measurement is not None and not self.measurement.accuracy.holds
+
+
+def read_records(path: Path) -> list[Record]:
+    """Every record of a file. Raises `LoadError` with the line and the field that are wrong."""
+    return lines.read(path, Record)
 
 
 def newest(records: list[Record]) -> list[Record]:

@@ -10,6 +10,7 @@ from itertools import groupby
 from rich.table import Table
 
 from foveal.bench.record import Measurement, Record, Run, describe, newest
+from foveal.bench.stability import Verdict
 from foveal.core.units import format_count, format_s
 
 HEADER = ("keys", "backend", "median", "± spread", "rate", "of limit", "peak", "ops", "error")
@@ -18,6 +19,11 @@ LEGEND = (
     f"{AUTO_MARK} is what backend=auto chooses; regret is its time over the best. Spread is the "
     "distance between the quartiles. Peak is memory held beyond the inputs, measured. Error is the "
     "largest against float64."
+)
+STABILITY_LEGEND = (
+    "Error: the largest against float64, and as a multiple of that of plain PyTorch operators in "
+    "the same precision. ✗: more than twice theirs (gradients: three times) and than rounding "
+    "explains, or not finite, or something hidden came through."
 )
 
 
@@ -115,11 +121,43 @@ def _figures(record: Record) -> list[str]:
 
 
 def _error(m: Measurement) -> str:
-    if m.accuracy.error is None:
-        return "not finite"
-    text = f"{m.accuracy.error:.1e}"
+    text = _number(m.accuracy.error)
     return text if m.accuracy.holds else f"{text} > {m.accuracy.allowed:.1e}"
 
 
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def stability_tables(verdicts: Iterable[Verdict]) -> list[Table]:
+    """One table for each dtype: trials down, backends across."""
+    tables = []
+    for dtype, group in groupby(verdicts, key=lambda v: v.dtype):
+        found = list(group)
+        backends = list(dict.fromkeys(v.backend for v in found))
+        table = Table("trial", "direction", "PyTorch", *backends, title=f"Stability, {dtype}")
+        for (trial, direction), each in groupby(found, key=lambda v: (v.trial, v.direction)):
+            row = {v.backend: v for v in each}
+            known = [v.accuracy for v in row.values() if v.accuracy is not None]
+            plain = _number(known[0].plain_error) if known else ""
+            table.add_row(trial, direction, plain, *(_standing(row[name]) for name in backends))
+        tables.append(table)
+    return tables
+
+
+def _standing(verdict: Verdict) -> str:
+    """`4.2e-07 0.8× ✓`, or why not."""
+    accuracy = verdict.accuracy
+    if accuracy is None:
+        return verdict.note
+    text = _number(accuracy.error)
+    if accuracy.error is not None and accuracy.plain_error:
+        text += f" {accuracy.error / accuracy.plain_error:.2g}×"
+    if verdict.holds:
+        return f"{text} [green]✓[/]"
+    colour = "bold red" if verdict.breaks_promise else "yellow"
+    return f"{text} [{colour}]✗ {verdict.note}[/]"
+
+
+def _number(error: float | None) -> str:
+    return "not finite" if error is None else f"{error:.1e}"

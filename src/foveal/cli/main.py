@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from foveal.cli.backends import backends
+from foveal.cli.bench import bench
 from foveal.cli.chat import chat
 from foveal.cli.doctor import doctor
 from foveal.cli.generate import generate
@@ -37,6 +38,7 @@ app.command()(train)
 app.command()(backends)
 app.command()(doctor)
 app.command()(tune)
+app.add_typer(bench)
 
 
 def main() -> None:
