@@ -5,15 +5,19 @@ rotation cannot hide within a tolerance; norms and biases are drawn too, because
 values (ones, zeros) would hide a missing one.
 """
 
+import atexit
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers as hf
 
 VOCABULARY = 99
+
+_FOLDER = TemporaryDirectory(prefix="foveal-checkpoints-")
+atexit.register(_FOLDER.cleanup)
 
 Make = Callable[[], hf.PreTrainedConfig]
 
@@ -165,7 +169,7 @@ def reference(name: str) -> hf.PreTrainedModel:
 
 @cache
 def directory(name: str) -> Path:
-    """`reference(name)` saved to disk. One folder per test run, under the system's own."""
-    path = Path(mkdtemp(prefix=f"foveal-{name}-"))
+    """`reference(name)` saved to disk, until the tests end."""
+    path = Path(_FOLDER.name) / name
     reference(name).save_pretrained(path)
     return path

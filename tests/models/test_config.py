@@ -113,6 +113,10 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
         PUBLISHED["Qwen3-0.6B"] | {"layer_types": ["sliding_attention"] * 28},
         "layer_types: .*use_sliding_window",
     ),
+    "gemma window": (
+        PUBLISHED["gemma-3-1b"] | {"sliding_window": None},
+        "sliding_window: got None; accepted: an integer",
+    ),
     "window": (PUBLISHED["Mistral-7B-v0.3"] | {"sliding_window": 0}, "windows: got"),
     "bidirectional": (
         PUBLISHED["gemma-3-1b"] | {"use_bidirectional_attention": True},
@@ -169,6 +173,10 @@ def test_defaults_of_absent_fields() -> None:
     assert read_config(mistral).windows == ()
     del mistral["sliding_window"]
     assert read_config(mistral).window(3) == 4096
+    qwen = PUBLISHED["Qwen3-0.6B"] | {"use_sliding_window": True, "max_window_layers": 3}
+    assert read_config(qwen).windows == ()
+    del qwen["sliding_window"]
+    assert read_config(qwen).windows == (None,) * 3 + (4096,) * 25
     gemma = read_config(PUBLISHED["gemma-3-1b"])
     assert [layer for layer in range(26) if gemma.window(layer) is None] == [5, 11, 17, 23]
     assert gemma.rotary(5) == RopeConfig(dim=256, theta=1e6)

@@ -10,7 +10,8 @@ What happens to a field:
   compares with the configuration classes of transformers), so it is ignored with a warning in the
   log unless it is empty. Names that begin with an underscore are private notes of other tools.
 
-A field that is absent or null has the default of the reference implementation's class.
+A field that is absent or null has the default of the reference implementation's class, unless it
+is a size: those have no defaults but what follows from other sizes.
 """
 
 from collections.abc import Mapping

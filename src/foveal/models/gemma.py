@@ -20,7 +20,14 @@ from foveal.models.llama import (
     write_sizes,
 )
 from foveal.models.rotary import read_rope, rope_from, write_rope
-from foveal.models.windows import FULL, LAYER_TYPES, SLIDING, layer_types, windows_of
+from foveal.models.windows import (
+    FULL,
+    LAYER_TYPES,
+    SLIDING,
+    layer_types,
+    read_window,
+    windows_of,
+)
 from foveal.nn.norm import NormKind
 from foveal.nn.rope import RopeConfig
 
@@ -63,7 +70,7 @@ def _gemma(
         **sizes,
         rope=ropes[0],
         window_rope=ropes[1],
-        windows=windows_of(types, fields.integer("sliding_window", 4096)),
+        windows=windows_of(types, _window(fields)),
         attention_scale=fields.number("query_pre_attn_scalar", 256) ** -0.5,
         attention_softcap=_cap(fields, "attn_logit_softcapping", 50.0 if second else None),
         logit_softcap=_cap(fields, "final_logit_softcapping", 30.0 if second else None),
@@ -76,6 +83,14 @@ def _gemma(
         embedding_scale=math.sqrt(sizes["width"]),
         tied=fields.flag("tie_word_embeddings", True),
     )
+
+
+def _window(fields: Fields) -> int:
+    """The window of the sliding layers, which Gemma always has."""
+    window = read_window(fields, default=4096)
+    if window is None:
+        raise fields.refusal("sliding_window", "an integer")
+    return window
 
 
 def _cap(fields: Fields, name: str, default: float | None) -> float | None:

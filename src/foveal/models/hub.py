@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 
 from foveal.core.errors import LoadError
 
-_WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
+_WANTED = ("*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 

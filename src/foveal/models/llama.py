@@ -9,6 +9,7 @@ from foveal.models.config import ModelConfig
 from foveal.models.family import Family, Names
 from foveal.models.fields import Fields
 from foveal.models.rotary import read_rope, write_rope
+from foveal.models.windows import read_window
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -123,10 +124,7 @@ def _write_llama(config: ModelConfig) -> dict[str, object]:
 
 def _read_mistral(fields: Fields) -> ModelConfig:
     sizes = read_sizes(fields)
-    # Absent means the reference's default; null means no window.
-    window = 4096 if "sliding_window" not in fields else None
-    if fields.get("sliding_window") is not None:
-        window = fields.integer("sliding_window")
+    window = read_window(fields, default=4096)
     return ModelConfig(
         family="mistral",
         **sizes,

@@ -5,6 +5,7 @@ from foveal.models.family import Family, Names
 from foveal.models.fields import Fields
 from foveal.models.llama import ACTIVATIONS, LAYER, NAMES, read_sizes, write_llama_like
 from foveal.models.rotary import read_rope
+from foveal.models.windows import read_window
 from foveal.nn.scaling import LongScaling
 
 _NAMES: Names = {
@@ -28,9 +29,7 @@ def _read(fields: Fields) -> ModelConfig:
         original=original,
         types=_ROPE_TYPES,
     )
-    window = None
-    if fields.get("sliding_window") is not None:
-        window = fields.integer("sliding_window")
+    window = read_window(fields, default=None)
     return ModelConfig(
         family="phi3",
         **sizes,

@@ -8,7 +8,7 @@ from foveal.models.family import Family
 from foveal.models.fields import Fields
 from foveal.models.llama import ACTIVATIONS, NAMES, Sizes, read_sizes, write_llama_like
 from foveal.models.rotary import read_rope
-from foveal.models.windows import LAYER_TYPES, SLIDING, layer_types, windows_of
+from foveal.models.windows import LAYER_TYPES, SLIDING, layer_types, read_window, windows_of
 from foveal.nn.rope import RopeConfig
 
 
@@ -47,13 +47,15 @@ def _rope(fields: Fields, sizes: Sizes) -> RopeConfig:
 
 def _windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
     sliding = fields.flag("use_sliding_window", False)
-    window = fields.integer("sliding_window", 4096)
+    window = read_window(fields, default=4096)
+    window = window if sliding else None
     first = fields.integer("max_window_layers", 28)
     types = fields.words("layer_types", LAYER_TYPES, num_layers)
     if types is None:
         types = layer_types(num_layers, lambda layer: sliding and layer >= first)
-    elif SLIDING in types and not sliding:
-        raise fields.refusal("layer_types", "no sliding_attention unless use_sliding_window")
+    elif SLIDING in types and window is None:
+        accepted = "no sliding_attention without use_sliding_window and sliding_window"
+        raise fields.refusal("layer_types", accepted)
     return windows_of(types, window)
 
 

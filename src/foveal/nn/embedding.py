@@ -25,7 +25,7 @@ class Embedding(nn.Module):
         x: torch.Tensor = self.tokens(ids)
         if self.scale != 1.0:
             # Rounded to the weights' dtype first, as Gemma was trained.
-            x = x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
+            x = x * torch.tensor(self.scale, dtype=x.dtype).item()
         if self.positions is not None:
             x = x + self.positions(positions.clamp(min=0))
         return x
