@@ -192,6 +192,19 @@ def test_refusals_are_carried(cache: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("fields", [{}, {"softcap": 2.0}, {"window": (3, None)}], ids=str)
+def test_candidates_stand_in_the_order_that_is_promised(cache: Path, fields: dict) -> None:
+    spec = SPEC.replace(**fields)
+    needs = [c.workspace_bytes for c in weigh(spec, WORKLOAD) if not c.refusals]
+    for budget in (None, min(needs), max(needs)):
+        choice = choose(spec, WORKLOAD, memory_budget=budget)
+        classes = [(bool(c.refusals), not c.fits) for c in choice.candidates]
+        assert classes == sorted(classes)
+        eligible = [c.seconds for c in choice.candidates if c.eligible]
+        assert eligible == sorted(eligible)
+        assert choice.chosen is choice.candidates[0]
+
+
 lengths = st.integers(0, 2100)
 changes = (
     {},
