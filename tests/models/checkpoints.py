@@ -152,11 +152,9 @@ CHECKPOINTS: dict[str, Make] = {
 }
 
 
-@cache
-def reference(name: str) -> hf.PreTrainedModel:
-    """The transformers model of that name, with random weights, in evaluation mode."""
-    config = CHECKPOINTS[name]()
-    torch.manual_seed(sum(map(ord, name)))
+def randomised(config: hf.PreTrainedConfig, seed: int) -> hf.PreTrainedModel:
+    """A transformers model with random weights, in evaluation mode."""
+    torch.manual_seed(seed)
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -165,6 +163,12 @@ def reference(name: str) -> hf.PreTrainedModel:
             else:
                 parameter.add_(torch.empty_like(parameter).uniform_(-0.4, 0.4))
     return model.eval()
+
+
+@cache
+def reference(name: str) -> hf.PreTrainedModel:
+    """The transformers model of that name."""
+    return randomised(CHECKPOINTS[name](), seed=sum(map(ord, name)))
 
 
 @cache

@@ -1,8 +1,11 @@
 """Logits and greedy tokens equal those of transformers, for every family and variant."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from checkpoints import CHECKPOINTS, VOCABULARY, directory, reference
+import transformers as hf
+from checkpoints import CHECKPOINTS, SIZES, VOCABULARY, directory, randomised, reference
 
 from foveal.models.decoder import Decoder
 from foveal.models.load import load_model
@@ -44,6 +47,32 @@ def test_logits(name: str) -> None:
     ours, theirs = load_model(directory(name))(ids), reference(name)(ids).logits
     assert theirs.std() > 0.3
     assert (ours - theirs).abs().max() < TOLERANCE
+
+
+GROUPED = {
+    hf.LlamaConfig: {},
+    hf.MistralConfig: {"sliding_window": 8},
+    hf.Qwen2Config: {},
+    hf.Qwen3Config: {"head_dim": 14},
+    hf.Gemma2Config: {"head_dim": 18, "sliding_window": 6},
+    hf.Gemma3TextConfig: {"head_dim": 10, "sliding_window": 6},
+    hf.Phi3Config: {"sliding_window": 7},
+}
+
+
+@pytest.mark.parametrize("kind", GROUPED, ids=lambda kind: kind.model_type)
+@pytest.mark.parametrize("num_kv_heads", [1, 3, 6])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_family_with_every_grouping(
+    kind: type, num_kv_heads: int, tied: bool, tmp_path: Path
+) -> None:
+    changes = {"hidden_size": 60, "intermediate_size": 37, "num_attention_heads": 6}
+    changes |= {"num_key_value_heads": num_kv_heads, "tie_word_embeddings": tied}
+    theirs = randomised(kind(**{**SIZES, **changes, **GROUPED[kind]}), seed=num_kv_heads)
+    theirs.save_pretrained(tmp_path)
+    ours, ids = load_model(tmp_path), prompt(20)
+    assert ours.config.tied == tied
+    assert (ours(ids) - theirs(ids).logits).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("name", NAMES)
