@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from foveal.bench.record import Measurement, Record, describe
 from foveal.bench.report import by_series
@@ -58,8 +59,9 @@ def draw(members: Sequence[Record], target: Path) -> None:
     _panel(memory, peaks, "Peak memory", "MiB beyond the inputs, as measured")
     _panel(faster, _relative(times), f"Speed-up over {BASELINE}", "times as fast")
     _panel(saved, _relative(peaks), f"Memory saved over {BASELINE}", "times less memory")
-    for axes in (faster, saved):
+    for axes, curves in ((faster, _relative(times)), (saved, _relative(peaks))):
         axes.axhline(1.0, color=MUTED, linewidth=1, linestyle=":", zorder=1)
+        _last_values(axes, curves)
     _frame(figure, members, time.get_legend_handles_labels())
     with atomic_path(target) as temporary:
         figure.savefig(temporary, format=target.suffix.removeprefix(".") or "png", dpi=150)
@@ -99,17 +101,35 @@ def _panel(axes: Any, curves: dict[str, Curve], title: str, unit: str) -> None:
         )
     axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK)
     axes.set_ylabel(unit, color=MUTED)
-    axes.set_xlabel("keys", color=MUTED)
+    axes.set_xlabel("sequence length, keys", color=MUTED)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(lambda keys, _: f"{keys:,.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
     axes.minorticks_off()
     axes.grid(color=RULE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=MUTED, length=0)
     for side in axes.spines.values():
         side.set_visible(False)
+
+
+def _last_values(axes: Any, curves: dict[str, Curve]) -> None:
+    """Each curve's last value in figures beside its last point."""
+    for name, curve in curves.items():
+        for keys in list(curve)[-1:]:
+            axes.annotate(
+                f"{curve[keys]:.3g}×",
+                (keys, curve[keys]),
+                xytext=(0, 9),
+                textcoords="offset points",
+                ha="center",
+                fontweight="bold",
+                color=STYLES.get(name, OTHER_STYLE)[0],
+            )
+    axes.margins(y=0.14)
 
 
 def _quartiles(axes: Any, members: Sequence[Record]) -> None:
@@ -157,9 +177,13 @@ def _frame(figure: Figure, members: Sequence[Record], legend: tuple[Any, Any]) -
         f"{describe(run.machine)}; limits {peaks}",
         f"{run.date[:10]}, foveal {run.foveal}, commit {run.commit[:10]}; {settings}",
     ]
+    measured = [r for r in members if r.measurement]
+    busy = sum(r.measurement.samples.disturbed for r in members if r.measurement)
+    if busy:
+        lines[1] += f"; other processes disturbed {busy} of {len(measured)} points"
     wrong = sum(r.disagrees for r in members)
     if wrong:
-        lines.append(f"{wrong} results left out: they disagree with float64")
+        lines[1] += f"; {wrong} left out: they disagree with float64"
     figure.set_layout_engine("constrained", rect=(0.01, 0.05, 0.98, 0.82), hspace=0.07, wspace=0.05)
     title = f"Attention: {members[0].cell.series}"
     figure.text(0.02, 0.965, title, fontsize=15, fontweight="bold", color=INK, va="center")

@@ -4,6 +4,7 @@ Figures are given with their limits: FLOP/s against the measured matmul peak for
 second of keys and values against the measured memory bandwidth for decode.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
@@ -11,14 +12,15 @@ from rich.table import Table
 
 from foveal.bench.record import Measurement, Record, Run, describe, newest
 from foveal.bench.stability import Verdict
-from foveal.core.units import format_count, format_s
+from foveal.core.units import format_count
 
-HEADER = ("keys", "backend", "median", "± spread", "rate", "of limit", "peak", "ops", "error")
-AUTO_MARK = "→"
+HEADER = ("keys", "backend", "ms", "±", "", "of limit", "MiB", "launched", "error", "auto")
+AUTO = "→"
 LEGEND = (
-    f"{AUTO_MARK} is what backend=auto chooses; regret is its time over the best. Spread is the "
-    "distance between the quartiles. Peak is memory held beyond the inputs, measured. Error is the "
-    "largest against float64."
+    "ms: median; * if other processes kept the machine busy in nearly all samples. ±: half the "
+    "distance between the quartiles. MiB: peak memory beyond the inputs, measured. launched: "
+    "operators on a CPU, kernels on CUDA. error: the largest against float64. auto: what "
+    "backend=auto chooses, and its time over the best where it is not the best."
 )
 STABILITY_LEGEND = (
     "Error: the largest against float64, and as a multiple of that of plain PyTorch operators in "
@@ -64,14 +66,12 @@ def rich_tables(records: Iterable[Record]) -> list[Table]:
     tables = []
     for series, members in by_series(records).items():
         table = Table(title=series, title_justify="left", caption_justify="left")
-        for name in HEADER:
-            table.add_column(name, justify="left" if name == "backend" else "right")
-        keys = None
-        for record, row in zip(members, rows(members), strict=True):
-            if keys is not None and keys != record.cell.workload.kv_len:
-                table.add_section()
-            keys = record.cell.workload.kv_len
-            table.add_row(*row, style="bold red" if record.disagrees else "")
+        for name in header(members):
+            table.add_column(name, justify="left" if name == "backend" else "right", no_wrap=True)
+        lengths = [record.cell.workload.kv_len for record in members]
+        for record, row, following in zip(members, rows(members), [*lengths[1:], 0], strict=True):
+            last = following != record.cell.workload.kv_len
+            table.add_row(*row, style="bold red" if record.disagrees else "", end_section=last)
         table.caption = members[-1].auto_reason
         tables.append(table)
     return tables
@@ -80,44 +80,60 @@ def rich_tables(records: Iterable[Record]) -> list[Table]:
 def markdown(records: Sequence[Record]) -> str:
     """All series as Markdown tables, under one caption for each run."""
     if not records:
-        return "No records."
+        return "No records.\n"
     runs = {r.run.date: r.run for r in newest(list(records))}
     parts = [*map(caption, runs.values()), LEGEND]
     for series, members in by_series(records).items():
-        lines = [f"### {series}", "", _line(HEADER), _line(["---"] * len(HEADER))]
+        titles = header(members)
+        lines = [f"### {series}", "", _line(titles), _line(["---:"] * len(titles))]
         parts.append("\n".join([*lines, *map(_line, rows(members))]))
     return "\n\n".join(parts) + "\n"
 
 
+def header(members: Sequence[Record]) -> list[str]:
+    """`HEADER`, with the unit of this series' rate."""
+    return [name or ("GB/s" if members[0].cell.decode else "GFLOP/s") for name in HEADER]
+
+
 def rows(members: Sequence[Record]) -> list[list[str]]:
-    """The cells of the table of one series, under `HEADER`."""
+    """The table of one series, under `header`."""
     regret = regrets(members)
-    table = []
-    for record in members:
-        keys = record.cell.workload.kv_len
-        name = record.backend
-        if record.auto == name:
-            name = f"{AUTO_MARK} {name}"
-            if regret.get(keys, 1.0) > 1.0:
-                name += f" (regret {regret[keys]:.2f})"
-        table.append([str(keys), name, *_figures(record)])
-    return table
+    return [
+        [
+            str(record.cell.workload.kv_len),
+            record.backend,
+            *_figures(record),
+            _choice(record, regret.get(record.cell.workload.kv_len, 1.0)),
+        ]
+        for record in members
+    ]
 
 
 def _figures(record: Record) -> list[str]:
     m = record.measurement
     if m is None:
-        return [f"{record.outcome}: {record.reason}", *[""] * (len(HEADER) - 3)]
-    unit = "B/s" if record.cell.decode else "FLOP/s"
+        return [record.outcome, *[""] * (len(HEADER) - 4)]
     return [
-        format_s(m.median_s) + ("*" if m.samples.disturbed else ""),
-        format_s(m.spread_s),
-        format_count(record.cell.rate(m.median_s)) + unit,
+        f"{m.median_s * 1e3:.4g}{'*' if m.samples.disturbed else ''}",
+        f"{m.spread_s / 2 / m.median_s:.0%}",
+        f"{record.cell.rate(m.median_s) / 1e9:.3g}",
         f"{m.fraction_of_limit:.1%}",
-        f"{m.peak_bytes / 2**20:.1f} MiB",
+        f"{m.peak_bytes / 2**20:.1f}",
         str(m.launches),
         _error(m),
     ]
+
+
+def _choice(record: Record, regret: float) -> str:
+    if record.auto != record.backend:
+        return ""
+    return f"{AUTO} {regret:.2f}×" if regret > 1 else AUTO
+
+
+def reasons(records: Iterable[Record]) -> list[str]:
+    """Why backends were not measured, each reason once, with the number of cells."""
+    counts = Counter(f"{r.backend} {r.outcome}: {r.reason}" for r in records if not r.measurement)
+    return [f"{text} ({number} cells)" for text, number in counts.items()]
 
 
 def _error(m: Measurement) -> str:
@@ -135,12 +151,13 @@ def stability_tables(verdicts: Iterable[Verdict]) -> list[Table]:
     for dtype, group in groupby(verdicts, key=lambda v: v.dtype):
         found = list(group)
         backends = list(dict.fromkeys(v.backend for v in found))
-        table = Table("trial", "direction", "PyTorch", *backends, title=f"Stability, {dtype}")
+        table = Table("trial", "PyTorch", *backends, title=f"Stability, {dtype}")
         for (trial, direction), each in groupby(found, key=lambda v: (v.trial, v.direction)):
             row = {v.backend: v for v in each}
             known = [v.accuracy for v in row.values() if v.accuracy is not None]
             plain = _number(known[0].plain_error) if known else ""
-            table.add_row(trial, direction, plain, *(_standing(row[name]) for name in backends))
+            name = f"{trial}, gradients" if direction == "backward" else trial
+            table.add_row(name, plain, *(_standing(row[backend]) for backend in backends))
         tables.append(table)
     return tables
 
@@ -160,4 +177,4 @@ def _standing(verdict: Verdict) -> str:
 
 
 def _number(error: float | None) -> str:
-    return "not finite" if error is None else f"{error:.1e}"
+    return "NaN, inf" if error is None else f"{error:.1e}"

@@ -160,13 +160,13 @@ FORWARD: dict[str, Make] = {
     "inputs at 1e-2": partial(sized, 1e-2),
     "inputs at 1e2": partial(sized, 1e2),
     "inputs at 1e4": partial(sized, 1e4),
-    "rows from 1e-2 to 1e2": mixed,
+    "rows of 1e-2 to 1e2": mixed,
     "q . k beyond float16": overflow,
     "denormals": denormal,
-    f"logits shifted by {SHIFT:.0e}": shifted,
-    "poison behind kv_lengths": behind_lengths,
-    "poison behind a mask": behind_mask,
-    "poison hidden from some rows": behind_some_rows,
+    "logits + 1e4": shifted,
+    "poison behind lengths": behind_lengths,
+    "poison behind mask": behind_mask,
+    "poison for some rows": behind_some_rows,
     "poison behind causal": behind_causal,
     "rows that see nothing": blind_rows,
 }
@@ -174,9 +174,9 @@ FORWARD: dict[str, Make] = {
 
 BACKWARD = (
     "inputs at 1",
-    f"logits shifted by {SHIFT:.0e}",
-    "poison behind kv_lengths",
-    "poison behind a mask",
+    "logits + 1e4",
+    "poison behind lengths",
+    "poison behind mask",
     "rows that see nothing",
 )
 """Trials whose gradients are finite numbers of the dtype, in every row."""

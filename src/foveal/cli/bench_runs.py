@@ -26,6 +26,7 @@ from foveal.hardware import calibrate as calibration
 from foveal.hardware.detect import detect
 from foveal.hardware.peaks import peaks
 
+WIDTH = 110
 BY_REQUEST = ("flex",)
 """Backends that compile for seconds at every new shape: they take part when asked for."""
 
@@ -90,7 +91,7 @@ def stability(backends: Sequence[str], dtypes: tuple[torch.dtype, ...], as_json:
             if as_json:
                 print(lines.encode(verdict), flush=True)
     if not as_json:
-        console = Console()
+        console = _console()
         for table in report.stability_tables(found):
             console.print(table)
         console.print(report.STABILITY_LEGEND, highlight=False)
@@ -159,10 +160,11 @@ def _measure(
 
 def _show(records: list[Record], run: Run, output: Output) -> None:
     if not output.as_json:
-        console = Console()
+        console = _console()
         for found in report.rich_tables(records):
             console.print(found)
-        console.print(report.caption(run), report.LEGEND, sep="\n", highlight=False)
+        notes = (*report.reasons(records), report.caption(run), report.LEGEND)
+        console.print(*notes, sep="\n", highlight=False)
     if output.plot is not None:
         _draw(records, output.plot, None)
 
@@ -172,6 +174,12 @@ def _draw(records: list[Record], target: Path, series: str | None) -> None:
 
     plots.draw(plots.pick_series(records, series), target)
     typer.echo(f"picture: {target}", err=True)
+
+
+def _console() -> Console:
+    """Stdout; where it is not a terminal, wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
 
 
 def _progress() -> Progress:
