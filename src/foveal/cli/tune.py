@@ -92,22 +92,19 @@ def _with_progress(results: Iterable[Json], total: int) -> list[Json]:
 
 
 def _print(found: list[Json], num_left: int) -> None:
-    console = Console()
-    table = Table("call", "fastest", "others", title="Tuned on this machine")
+    console = Console(highlight=False)
     for result in found:
-        times = [_time(name, time) for name, time in result["times"].items()] or ["none"]
-        call = f"{result['spec']}\n[dim]{result['workload']}[/]"
-        table.add_row(call, times[0], "\n".join(times[1:]))
-    console.print(table)
-    if any(time["disturbed"] for result in found for time in result["times"].values()):
-        console.print("? others kept the machine busy: less certain; tune again when it is quiet")
-    skipped = (item for result in found for item in result["not_measured"].items())
-    for name, why in dict.fromkeys(skipped):
-        console.print(f"not measured: {name}: {why}", highlight=False)
+        console.print(f"{result['spec']}; {result['workload']}", markup=False)
+        table = Table.grid(padding=(0, 2))
+        for name, time in result["times"].items():
+            doubt = "others kept the machine busy" if time["disturbed"] else ""
+            spread = f"± {format_s(time['spread_s'] / 2)}"
+            if len(time["seconds"]) == 1:
+                spread = "1 sample"
+            estimate = f"(estimated {format_s(time['estimate_s'])})"
+            table.add_row(f"  {name}", format_s(time["median_s"]), spread, estimate, doubt)
+        for name, why in result["not_measured"].items():
+            table.add_row(f"  {name}", "-", "", f"not measured: {why}")
+        console.print(table)
     if num_left:
-        console.print(f"not reached: {num_left} of the calls; raise --budget", highlight=False)
-
-
-def _time(name: str, time: Json) -> str:
-    doubt = "?" if time["disturbed"] else ""
-    return f"{name} {format_s(time['median_s'])}{doubt} (est. {format_s(time['estimate_s'])})"
+        console.print(f"not reached: {num_left} of the calls; raise --budget")
