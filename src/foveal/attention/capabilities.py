@@ -65,6 +65,7 @@ PROBES: tuple[Probe, ...] = (
         workload=dataclasses.replace(_GRAD, operands=frozenset({"bias", "bias_grad"})),
     ),
     Probe("packed (varlen)", workload=dataclasses.replace(WORKLOAD, packed=True)),
+    Probe("strided heads", workload=dataclasses.replace(WORKLOAD, strided_head=True)),
     *(
         Probe(dtype_name(dtype), workload=dataclasses.replace(WORKLOAD, dtype=dtype))
         for dtype in FLOATS

@@ -84,6 +84,7 @@ def _print_table(able: Mapping[str, Mapping[str, tuple[str, ...]]], title: str) 
     console = Console()
     console.print(table)
     for backend, answers in able.items():
-        for refusal in dict.fromkeys(why for refusals in answers.values() for why in refusals):
-            console.print(f"[bold]{backend}[/] refuses: {refusal}", highlight=False)
+        for name, refusals in answers.items():
+            if refusals:
+                console.print(f"[bold]{backend}[/]: {name}: {'; '.join(refusals)}", highlight=False)
     console.print("Describe a call (see --help) to see who would compute it and why.")
