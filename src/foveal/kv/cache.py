@@ -91,6 +91,19 @@ class KVView:
         yield self
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class JoinedView:
+    """Several views of disjoint keys as one."""
+
+    window: Window | None
+    parts: tuple[View, ...]
+
+    def tiles(self) -> Iterator[KVView]:
+        """The tiles of each part in turn."""
+        for part in self.parts:
+            yield from part.tiles()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheStats:
     """What a cache holds and has done."""
