@@ -63,6 +63,12 @@ def test_what_cannot_fit_or_finish_is_left_out_with_its_reason(cache: Path) -> N
     assert load_table(detect()) == {}
 
 
+def test_who_is_left_out_is_not_measured(cache: Path) -> None:
+    tuned = tune_one(SPEC, WORKLOAD, budget_s=0.05, without={"unfused": "it is slow"})
+    assert "unfused" not in tuned.times
+    assert tuned.skipped["unfused"] == "it is slow"
+
+
 def test_the_budget_ends_it(cache: Path) -> None:
     calls = [(SPEC, dataclasses.replace(WORKLOAD, kv_len=n)) for n in (32, 64, 128)]
     done = list(tune(calls, budget_s=0.1))

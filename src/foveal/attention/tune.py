@@ -8,7 +8,7 @@ longer for one call than the bucket may take in all, is left out, and the report
 
 import datetime
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -30,6 +30,8 @@ from foveal.hardware.timer import Samples, interleave
 
 NEAR = 3.0
 """Backends within this factor of the fastest are measured closely."""
+
+NOBODY: Mapping[str, str] = {}
 
 Call = tuple[AttentionSpec, Workload]
 
@@ -67,8 +69,11 @@ class Tuned:
         }
 
 
-def tune(calls: Sequence[Call], *, budget_s: float) -> Iterator[Tuned]:
-    """Measure one call after the other and file each result at once.
+def tune(
+    calls: Sequence[Call], *, budget_s: float, without: Mapping[str, str] = NOBODY
+) -> Iterator[Tuned]:
+    """Measure one call after the other and file each result at once. `without` maps backends
+    that shall not take part to the reason.
 
     Every call gets an equal part of the `budget_s` seconds that remain; slow ones may overrun
     theirs, and then later calls have less, or none at all.
@@ -78,13 +83,16 @@ def tune(calls: Sequence[Call], *, budget_s: float) -> Iterator[Tuned]:
         if remaining <= 0:
             return
         start = time.monotonic()
-        yield tune_one(spec, workload, remaining / (len(calls) - done))
+        yield tune_one(spec, workload, remaining / (len(calls) - done), without)
         remaining -= time.monotonic() - start
 
 
-def tune_one(spec: AttentionSpec, workload: Workload, budget_s: float) -> Tuned:
+def tune_one(
+    spec: AttentionSpec, workload: Workload, budget_s: float, without: Mapping[str, str] = NOBODY
+) -> Tuned:
     """Measure one call on every backend that can take part, and file the times."""
     skipped = _skipped(spec, workload, budget_s)
+    skipped |= {name: why for name, why in without.items() if name in BY_NAME}
     runs = {b.name: Run(b, spec, workload) for b in BACKENDS if b.name not in skipped}
     times = _measure(runs, workload.device, budget_s)
     machine = detect()

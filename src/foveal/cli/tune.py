@@ -32,6 +32,9 @@ def tune(
     model: Annotated[
         str | None, typer.Option(help="Checkpoint whose calls to measure: directory or hub name.")
     ] = None,
+    flex: Annotated[
+        bool, typer.Option("--flex", help="Take flex along: it compiles at every new call.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Three calls, about 10 seconds.")] = False,
     budget: Annotated[
         float | None,
@@ -72,7 +75,8 @@ def tune(
     else:
         calls = tuning.grid(quick=quick, device=device)
     seconds = budget or (10.0 if quick or len(calls) == 1 else 120.0)
-    results = (tuned.to_dict() for tuned in tuning.tune(calls, budget_s=seconds))
+    without = {} if flex else {"flex": "compiles at every new call; --flex takes it along"}
+    results = (t.to_dict() for t in tuning.tune(calls, budget_s=seconds, without=without))
     found = _with_progress(results, len(calls))
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
