@@ -15,7 +15,10 @@ def test_a_recipe_survives_its_own_table() -> None:
 
 
 def test_overriding_leaves_the_rest_alone() -> None:
-    recipe = Recipe().override(run_steps=5, optimiser_lr=0.25, data_context=None)
+    recipe = Recipe.from_dict({"run": {"seed": 3}})
+    changes = {"run_steps": 5, "optimiser_lr": 0.25, "data_context": None, "run_seed": 0}
+    recipe = recipe.override(changes)
+    assert recipe.run.seed == 0
     assert (recipe.run.steps, recipe.optimiser.lr) == (5, 0.25)
     assert recipe.data == Recipe().data
     assert recipe.run.batch == Recipe().run.batch

@@ -153,6 +153,12 @@ def test_row_n_is_the_same_whoever_asks_when() -> None:
     assert not torch.equal(first, other.batch(0, 30)[1])
 
 
+def test_epochs_cut_rows_at_different_places() -> None:
+    rows = TrainingRows(counting(300), context=8, begin_id=0, seed=0)
+    firsts = [rows.batch(epoch * rows.rows_per_epoch, 1)[1] for epoch in range(6)]
+    assert len({int(targets[0, 0]) % 8 for targets in firsts}) > 1
+
+
 def test_too_little_text_is_refused_with_both_numbers() -> None:
     with pytest.raises(ConfigError, match="14 tokens; accepted: at least 15 for a context of 8"):
         TrainingRows(counting(14), context=8, begin_id=0, seed=0)

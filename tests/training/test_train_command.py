@@ -16,6 +16,7 @@ from foveal.cli.main import app
 from foveal.core.errors import ArgumentError, ConfigError
 from foveal.models.load import load_model
 from foveal.text.tokenizer import load_tokenizer
+from foveal.training.run import resume_run
 
 RECIPE = """
 [model]
@@ -66,6 +67,9 @@ def test_a_run_leaves_a_model_that_loads(arguments: list[str], tmp_path: Path) -
     with safe_open(out / "model" / "model.safetensors", framework="pt") as file:
         dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
     assert dtypes == {torch.bfloat16}
+    trained, exported = resume_run(out).model, load_model(out / "model", dtype=torch.float32)
+    for ours, theirs in zip(trained.parameters(), exported.parameters(), strict=True):
+        assert torch.equal(ours.bfloat16().float(), theirs)
     ids = load_tokenizer(out / "model").encode("the")
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         model = load_model(out / "model", dtype=dtype)

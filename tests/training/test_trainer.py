@@ -1,6 +1,7 @@
 """The loop: it learns, resumes exactly, stops on NaN, and follows the clock when told to."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def tiny(**changes: object) -> Recipe:
-    return Recipe.from_dict(TINY).override(**changes)
+    return Recipe.from_dict(TINY).override(changes)
 
 
 def ignore(record: TrainRecord | HeldoutRecord) -> None:
@@ -89,8 +90,10 @@ def test_bfloat16_rounds_the_products_and_nothing_else(text: Path, tmp_path: Pat
 
 def test_a_resumed_curve_repeats_no_step(text: Path, tmp_path: Path) -> None:
     trainer = start_run(tiny(), [text], tmp_path / "run")
-    trainer.run(ignore, stop_after(trainer, 6))
-    trainer.run(ignore, never)  # goes on, and is then "killed": back to the checkpoint of step 10
+    trainer.run(ignore, stop_after(trainer, 5))
+    at_five = (tmp_path / "run" / CHECKPOINT).read_bytes()
+    trainer.run(ignore, stop_after(trainer, 8))
+    (tmp_path / "run" / CHECKPOINT).write_bytes(at_five)  # as if killed before the next save
     resumed = resume_run(tmp_path / "run")
     resumed.run(ignore, never)
     lines = (tmp_path / "run" / "curve.jsonl").read_text().splitlines()
@@ -107,6 +110,40 @@ def test_accumulation_equals_one_large_batch(text: Path, tmp_path: Path) -> None
     assert first.loss == pytest.approx(second.loss, rel=1e-6)
     assert first.gradient_norm == pytest.approx(second.gradient_norm, rel=1e-5)
     assert split.counters.row == large.counters.row == 8
+
+
+def test_the_rate_of_the_schedule_is_the_optimisers(text: Path, tmp_path: Path) -> None:
+    trainer = start_run(tiny(optimiser_weight_decay=0.0), [text], tmp_path / "run")
+    before = weights(trainer)
+    record = trainer.step()
+    assert record.lr == pytest.approx(1e-2 * 0.05 / 0.1), "the middle of the first of ten steps"
+    moved = max(float((w - before[name]).abs().max()) for name, w in weights(trainer).items())
+    assert moved == pytest.approx(record.lr, rel=1e-3), "Adam's first step is one rate long"
+
+
+def test_held_out_bits_are_all_bits_of_the_text_over_its_bytes(text: Path, tmp_path: Path) -> None:
+    text.write_text(text.read_text().replace("x", "ü"))
+    trainer = start_run(tiny(), [text], tmp_path / "run")
+    record = trainer.evaluate(10**6)
+    tokens = torch.tensor(trainer.streams.heldout.tolist())
+    trainer.model.requires_grad_(False)
+    bits = 0.0
+    for start in range(0, len(tokens), 32):
+        row = tokens[start : start + 32]
+        logits = trainer.model(torch.cat((torch.tensor([256]), row[:-1])).unsqueeze(0))[0]
+        chosen = logits.log_softmax(-1).gather(1, row.unsqueeze(1))
+        bits -= float(chosen.sum()) / math.log(2)
+    num_bytes = len(bytes(tokens[1:-1].tolist()))
+    assert record.bits_per_byte == pytest.approx(bits / num_bytes, rel=1e-5)
+
+
+def test_the_seed_decides_the_first_weights(text: Path, tmp_path: Path) -> None:
+    runs = [(1, "a"), (1, "b"), (2, "c")]
+    same, again, other = (
+        weights(start_run(tiny(run_seed=seed), [text], tmp_path / name)) for seed, name in runs
+    )
+    assert all(torch.equal(same[name], again[name]) for name in same)
+    assert not torch.equal(same["embedding.tokens.weight"], other["embedding.tokens.weight"])
 
 
 def test_gradients_are_clipped(text: Path, tmp_path: Path) -> None:
@@ -154,6 +191,15 @@ def test_a_folder_with_a_run_is_not_overwritten(text: Path, tmp_path: Path) -> N
     trainer.run(ignore, stop_after(trainer, 1))
     with pytest.raises(ConfigError, match="holds a run"):
         start_run(tiny(), [text], tmp_path / "run")
+
+
+def test_a_run_can_be_made_longer(text: Path, tmp_path: Path) -> None:
+    trainer = start_run(tiny(), [text], tmp_path / "run")
+    trainer.run(ignore, stop_after(trainer, 5))
+    longer = resume_run(tmp_path / "run", {"run_steps": 20})
+    assert longer.progress == 5 / 20
+    longer.run(ignore, stop_after(longer, 12))
+    assert resume_run(tmp_path / "run").progress == 12 / 20, "the checkpoint knows"
 
 
 def test_resuming_nothing_is_refused(tmp_path: Path) -> None:

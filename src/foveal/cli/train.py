@@ -32,9 +32,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of the first weights and the order.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads. Default: PyTorch's.")] = None,
     backend: Annotated[str, typer.Option(help="Attention backend.")] = "auto",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the folder's checkpoint, by its recipe.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT's checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a model from scratch and write it as a Hugging Face directory, OUT/model.
@@ -49,9 +47,11 @@ def train(
     from foveal.training.monitor import Monitor, interruptible
     from foveal.training.run import finish_run, resume_run, start_run
 
-    changes = {
+    length = {
         "run_steps": steps,
         "run_time_limit_s": None if time_limit is None else time_limit * 60,
+    }
+    changes = {
         "run_batch": batch,
         "data_context": context,
         "optimiser_lr": lr,
@@ -61,11 +61,11 @@ def train(
         torch.set_num_threads(threads)
     if resume:
         if data or recipe != "bundled" or any(value is not None for value in changes.values()):
-            accepted = "only --out, --threads, --backend and --json: the rest is in the run"
+            accepted = "only --out, --steps, --time-limit, --threads, --backend and --json"
             raise ArgumentError("resume", "other options", accepted)
-        trainer = resume_run(out, backend=backend)
+        trainer = resume_run(out, length, backend=backend)
     else:
-        chosen = Recipe.read(_recipe_path(recipe)).override(**changes)
+        chosen = Recipe.read(_recipe_path(recipe)).override(changes | length)
         trainer = start_run(chosen, data or [], out, backend=backend)
     console = Console(stderr=True)
     with interruptible() as stop, Monitor(trainer, console) as monitor:

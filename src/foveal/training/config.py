@@ -168,8 +168,8 @@ class Recipe:
         """Plain tables, as in the TOML file."""
         return dataclasses.asdict(self)
 
-    def override(self, **changes: Any) -> Self:
-        """A copy with some fields changed, named `section_field`; None leaves a field alone."""
+    def override(self, changes: Mapping[str, Any]) -> Self:
+        """A copy with some fields changed, named `section_field`; None leaves one as it is."""
         table = self.to_dict()
         for name, value in changes.items():
             section, _, key = name.partition("_")

@@ -10,7 +10,7 @@ OUT/result.json              what it was trained on, for how long, and how good 
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,16 @@ def start_run(
     return trainer
 
 
-def resume_run(out: Path, *, backend: str = "auto") -> Trainer:
-    """The run in `out` at its last checkpoint, by its own recipe. Raises `LoadError`."""
+def resume_run(
+    out: Path, changes: Mapping[str, Any] | None = None, *, backend: str = "auto"
+) -> Trainer:
+    """The run in `out` at its last checkpoint, by its own recipe. Raises `LoadError`.
+
+    `changes` as for `Recipe.override`; its length is what a run already begun may change.
+    """
     header, _ = read_header(out / CHECKPOINT)
-    trainer = _trainer(Recipe.from_dict(header["recipe"]), out, backend)
+    recipe = Recipe.from_dict(header["recipe"]).override(changes or {})
+    trainer = _trainer(recipe, out, backend)
     trainer.resume()
     return trainer
 
