@@ -3,10 +3,14 @@ here, with its reason."""
 
 import ast
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+import foveal
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "foveal"
@@ -130,3 +134,16 @@ def test_no_error_is_swallowed(path: Path) -> None:
             silent = len(node.body) == 1 and isinstance(node.body[0], ast.Pass)
             broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
             assert not (silent and broad), f"line {node.lineno}"
+
+
+def test_public_names_are_there_and_documented() -> None:
+    assert sorted(foveal.__all__) == sorted(foveal._ROOMS)
+    for name in foveal.__all__:
+        assert getattr(foveal, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'attent'"):
+        foveal.attent  # noqa: B018
+
+
+def test_one_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == foveal.__version__ == metadata.version("foveal")

@@ -12,6 +12,7 @@ from rich.console import Console
 from foveal.cli.backends import backends
 from foveal.cli.bench import bench
 from foveal.cli.chat import chat
+from foveal.cli.demo import demo
 from foveal.cli.doctor import doctor
 from foveal.cli.generate import generate
 from foveal.cli.train import train
@@ -32,6 +33,7 @@ def root() -> None:
     """Attention, from kernels to a serving engine: computed, chosen, measured and explained."""
 
 
+app.command()(demo)
 app.command()(generate)
 app.command()(chat)
 app.command()(train)
