@@ -75,12 +75,14 @@ def compare(
     ours: torch.Tensor,
     plainly: torch.Tensor,
     exact: torch.Tensor,
+    dtype: torch.dtype,
+    *,
     factor: float = FORWARD_FACTOR,
     slack: float = 0.0,
 ) -> Accuracy:
-    """The accuracy of `ours` and of the baseline `plainly` against the float64 tensor `exact`.
-    Errors up to `slack` are allowed whatever the baseline's."""
-    limits = torch.finfo(ours.dtype)
+    """The accuracy of `ours` and of the baseline `plainly`, both computed in `dtype`, against the
+    float64 tensor `exact`. Errors up to `slack` are allowed whatever the baseline's."""
+    limits = torch.finfo(dtype)
     scale = exact.abs().max().item() if exact.numel() else 0.0
     floor = FLOOR_ULPS * limits.eps * max(scale, limits.smallest_normal)
     plain_error = largest_error(plainly, exact)
@@ -119,4 +121,4 @@ class Judge:
 
     def accuracy(self, out: torch.Tensor) -> Accuracy:
         """The accuracy of `out` [B, H, Lq, Dv]."""
-        return compare(out[:, :, self.rows], self._plain, self._exact)
+        return compare(out[:, :, self.rows], self._plain, self._exact, out.dtype)

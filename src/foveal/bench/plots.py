@@ -111,25 +111,29 @@ def _panel(axes: Any, curves: dict[str, Curve], title: str, unit: str) -> None:
     axes.minorticks_off()
     axes.grid(color=RULE, linewidth=0.8)
     axes.set_axisbelow(True)
+    axes.margins(x=0.08)
     axes.tick_params(colors=MUTED, length=0)
     for side in axes.spines.values():
         side.set_visible(False)
 
 
 def _last_values(axes: Any, curves: dict[str, Curve]) -> None:
-    """Each curve's last value in figures beside its last point."""
-    for name, curve in curves.items():
-        for keys in list(curve)[-1:]:
-            axes.annotate(
-                f"{curve[keys]:.3g}×",
-                (keys, curve[keys]),
-                xytext=(0, 9),
-                textcoords="offset points",
-                ha="center",
-                fontweight="bold",
-                color=STYLES.get(name, OTHER_STYLE)[0],
-            )
-    axes.margins(y=0.14)
+    """Each curve's last value in figures, to the right of its last point."""
+    ends = [(list(curve.items())[-1], name) for name, curve in curves.items() if curve]
+    ends.sort(key=lambda end: end[0][1])
+    for rank, ((keys, value), name) in enumerate(ends):
+        # The lowest label a little down, the highest a little up: close ones stay apart.
+        nudge = 0 if len(ends) == 1 else 10 * rank / (len(ends) - 1) - 5
+        axes.annotate(
+            f"{value:.3g}×",
+            (keys, value),
+            xytext=(9, nudge),
+            textcoords="offset points",
+            va="center",
+            fontweight="bold",
+            color=STYLES.get(name, OTHER_STYLE)[0],
+        )
+    axes.margins(y=0.1)
 
 
 def _quartiles(axes: Any, members: Sequence[Record]) -> None:
@@ -171,7 +175,9 @@ def _limit(axes: Any, members: Sequence[Record]) -> None:
 def _frame(figure: Figure, members: Sequence[Record], legend: tuple[Any, Any]) -> None:
     """Title, where and how it was taken, and one legend for all panels."""
     run = members[-1].run
-    settings = ", ".join(f"{name} {value}" for name, value in run.settings.items())
+    settings = ", ".join(
+        f"{name} {value}" for name, value in run.settings.items() if name != "backends"
+    )
     peaks = "measured" if run.peaks.source.startswith("measured") else "nominal"
     lines = [
         f"{describe(run.machine)}; limits {peaks}",

@@ -7,25 +7,31 @@ second of keys and values against the measured memory bandwidth for decode.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from foveal.bench.record import Measurement, Record, Run, describe, newest
 from foveal.bench.stability import Verdict
 from foveal.core.units import format_count
 
-HEADER = ("keys", "backend", "ms", "±", "", "of limit", "MiB", "launched", "error", "auto")
+HEADER = ("keys", "backend", "ms", "±", "", "limit", "MiB", "ops", "error", "auto")
 AUTO = "→"
+LEFT: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "pad_edge": False}
 LEGEND = (
     "ms: median; * if other processes kept the machine busy in nearly all samples. ±: half the "
-    "distance between the quartiles. MiB: peak memory beyond the inputs, measured. launched: "
-    "operators on a CPU, kernels on CUDA. error: the largest against float64. auto: what "
-    "backend=auto chooses, and its time over the best where it is not the best."
+    "distance between the quartiles. limit: the share reached of the matmul peak (prefill) or the "
+    "memory bandwidth (decode; keys and values that fit the caches can exceed it). MiB: peak "
+    "memory beyond the inputs, measured. ops: operators launched on a CPU, kernels on CUDA. error: "
+    "the largest against float64; ✗ if that is too much. auto: what backend=auto chooses, and its "
+    "time over the best where it is not the best."
 )
 STABILITY_LEGEND = (
-    "Error: the largest against float64, and as a multiple of that of plain PyTorch operators in "
-    "the same precision. ✗: more than twice theirs (gradients: three times) and than rounding "
-    "explains, or not finite, or something hidden came through."
+    "Error: the largest against float64 (of gradients relative to their largest value), and as a "
+    "multiple of that of plain PyTorch operators in the same precision. ✗: more than twice theirs "
+    "(gradients: three times) and more than rounding explains, or not finite, or wrong in rows "
+    "that see nothing."
 )
 
 
@@ -51,11 +57,12 @@ def caption(run: Run) -> str:
 
 
 def regrets(records: Sequence[Record]) -> dict[int, float]:
-    """By number of keys: the time of auto's choice over the best time measured there."""
+    """By number of keys: the time of auto's choice over the best of those who were right."""
     result = {}
     for keys, group in groupby(records, key=lambda r: r.cell.workload.kv_len):
         cell = list(group)
-        times = {r.backend: r.measurement.median_s for r in cell if r.measurement}
+        right = [r for r in cell if not r.disagrees]
+        times = {r.backend: r.measurement.median_s for r in right if r.measurement}
         if cell[0].auto in times:
             result[keys] = times[cell[0].auto] / min(times.values())
     return result
@@ -65,7 +72,7 @@ def rich_tables(records: Iterable[Record]) -> list[Table]:
     """One table for each series."""
     tables = []
     for series, members in by_series(records).items():
-        table = Table(title=series, title_justify="left", caption_justify="left")
+        table = Table(title=series, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **LEFT)
         for name in header(members):
             table.add_column(name, justify="left" if name == "backend" else "right", no_wrap=True)
         lengths = [record.cell.workload.kv_len for record in members]
@@ -138,7 +145,7 @@ def reasons(records: Iterable[Record]) -> list[str]:
 
 def _error(m: Measurement) -> str:
     text = _number(m.accuracy.error)
-    return text if m.accuracy.holds else f"{text} > {m.accuracy.allowed:.1e}"
+    return text if m.accuracy.holds else f"{text} ✗"
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -151,7 +158,9 @@ def stability_tables(verdicts: Iterable[Verdict]) -> list[Table]:
     for dtype, group in groupby(verdicts, key=lambda v: v.dtype):
         found = list(group)
         backends = list(dict.fromkeys(v.backend for v in found))
-        table = Table("trial", "PyTorch", *backends, title=f"Stability, {dtype}")
+        table = Table(
+            "trial", "PyTorch", *backends, title=f"Stability, {dtype}", box=box.SIMPLE, **LEFT
+        )
         for (trial, direction), each in groupby(found, key=lambda v: (v.trial, v.direction)):
             row = {v.backend: v for v in each}
             known = [v.accuracy for v in row.values() if v.accuracy is not None]
