@@ -1,7 +1,7 @@
 """Answers: where they end, and what is given out before that is known."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from foveal.engine.answer import Answer, StopFinder
@@ -30,6 +30,7 @@ WORD = st.text("ab ", min_size=1, max_size=4)
 
 
 @settings(max_examples=200, deadline=None)
+@example(pieces=["ab a"], stops=["ab a", "b"])
 @given(pieces=st.lists(st.text("ab ", max_size=5), max_size=8), stops=st.lists(WORD, max_size=3))
 def test_stop_strings_do_not_depend_on_the_pieces(pieces, stops):
     finder = StopFinder(tuple(stops))

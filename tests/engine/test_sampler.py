@@ -74,6 +74,12 @@ def test_min_p(values, share):
     assert kept(keep_min_p(logits, torch.tensor([[share]]))[0]) == expected
 
 
+def test_top_p_of_equals_keeps_the_lowest_ids():
+    made = keep_top_p(torch.zeros(2, 4096), torch.tensor([[0.125], [1.0]]))
+    assert kept(made[0]) == list(range(512))
+    assert kept(made[1]) == list(range(4096))
+
+
 def test_filters_in_order_agree_with_transformers():
     logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(1)) * 3
     theirs = logits / 0.7
@@ -222,6 +228,9 @@ def test_the_ends_of_the_uniform_distribution():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(3, -1)
     uniform = torch.tensor([0.0, 0.5, math.nextafter(1.0, 0.0)], dtype=torch.float64)
     assert invert(logits, uniform).tolist() == [1, 2, 2]
+    many = torch.randn(500, 37, generator=torch.Generator().manual_seed(0))
+    last = invert(many, uniform[2:].expand(500))
+    assert last.max() < 37, "no rounding of the total lets a draw fall behind the last token"
 
 
 def test_log_probabilities_are_the_models_own():

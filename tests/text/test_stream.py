@@ -49,6 +49,15 @@ def test_a_character_comes_whole_and_at_once(tokenizers):
     assert [stream.push(0xE2), stream.push(0x82), stream.finish()] == ["", "", "\ufffd"]
 
 
+def test_a_skipped_token_does_not_end_a_run_of_bytes(tokenizers):
+    """ "é" in two byte tokens with an end token between, and then a byte that spoils the run."""
+    tokenizer = tokenizers["byte-fallback-bpe"]
+    first = min(tokenizer.byte_ids)
+    ids = [first + 0xC3, first + 0xA9, tokenizer.eos_ids[0], first + 0xFF]
+    assert "".join(stream_text(tokenizer, ids)) == tokenizer.decode(ids)
+    assert "".join(stream_text(tokenizer, ids[:3])) == "é"
+
+
 def test_special_tokens_only_when_asked(tokenizers):
     ids = [256, *b"ab", 257]
     assert "".join(stream_text(tokenizers["bytes"], ids)) == "ab"

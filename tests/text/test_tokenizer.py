@@ -104,6 +104,17 @@ def test_end_ids_come_from_generation_config(directories, tmp_path):
     assert load_tokenizer(root).bos_id == 256, "the tokenizer's own name outranks config.json"
 
 
+def test_named_tokens_are_special(directories, tmp_path):
+    """Even where tokenizer.json does not say so."""
+    data = json.loads((directories["byte-level-bpe"] / "tokenizer.json").read_text())
+    data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] != "</s>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert load_tokenizer(tmp_path).decode([2]) == "</s>"
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    ours = load_tokenizer(tmp_path)
+    assert ours.decode([2]) == "" and ours.encode("a</s>")[-1] == 2 == ours.eos_ids[0]
+
+
 def test_settings_left_in_the_file_do_not_cut(directories, tmp_path):
     ours = load_tokenizer(directories["byte-level-bpe"])
     data = json.loads((directories["byte-level-bpe"] / "tokenizer.json").read_text())

@@ -11,7 +11,7 @@ FinishReason = Literal["stop", "length"]
 """stop: an end token, a stop id or a stop string came. length: no more tokens were allowed."""
 
 GREEDY_BELOW = 1e-5
-"""Temperatures below this take the likeliest token: dividing by less overflows float32."""
+"""Temperatures below this take the likeliest token, as a draw almost surely would."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -114,7 +114,6 @@ def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
 
     vocab_size = logits.shape[-1]
     params = [draw.params for draw in draws]
-    logits = logits - logits.amax(-1, keepdim=True)  # so that a low temperature cannot overflow
     logits = logits / column([p.temperature for p in params])
     if any(p.top_k for p in params):
         logits = keep_top_k(logits, [min(p.top_k or vocab_size, vocab_size) for p in params])
@@ -153,8 +152,6 @@ def keep_min_p(logits: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
 def invert(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """The token at which the cumulative distribution of `logits` [B, V] passes `uniform` [B]."""
     cumulative = logits.double().softmax(-1).cumsum(-1)
-    total = cumulative[:, -1:]
-    target = uniform.unsqueeze(-1) * total
-    # Rounding may lift the target to the total, which no entry passes.
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    # At most (1 - 2^-53) times the total, which rounds to less than the total: an entry passes it.
+    target = uniform.unsqueeze(-1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
