@@ -14,7 +14,11 @@ from foveal.core.errors import Unsupported
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-REFUSED: dict[str, set[str]] = {"unfused": set(), "flash": set()}
+REFUSED: dict[str, set[str]] = {
+    "unfused": set(),
+    "fused": {"value-dim", "value-dim-small", "softcap", "bias-causal-softcap"},
+    "flash": set(),
+}
 """Cases that a backend refuses, forward in float32."""
 
 BACKENDS = [
@@ -85,9 +89,15 @@ def test_forward(backend: str, case: Case, dtype: torch.dtype) -> None:
     out, lse = attend(q, k, v, case.spec, backend=backend, return_lse=True, **fields(operands))
     exact_out, exact_lse, plain_out = exact(case.name, dtype)
     oracle.assert_close(out, exact_out, plain_out, "out")
-    oracle.assert_close(lse, exact_lse, exact_lse.to(lse.dtype), "lse")
+    # SDPA's kernel for half precision uses a fast exponential: its lse is good to 1e-4.
+    lse_like = dtype if backend == "fused" else lse.dtype
+    oracle.assert_close(lse, exact_lse, exact_lse.to(lse_like), "lse")
     assert out.dtype == dtype
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+NO_LSE_GRADIENT = {"fused"}
+"""Backends that refuse sink logits where there are gradients."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -97,6 +107,8 @@ def test_backward(backend: str, case: Case, dtype: torch.dtype) -> None:
     if case.name in REFUSED[backend]:
         return
     q, k, v, operands = case.tensors(dtype)
+    if operands.sink_logits is not None and backend in NO_LSE_GRADIENT:
+        return
     leaves = [t.requires_grad_() for t in (q, k, v)]
     out = attend(q, k, v, case.spec, backend=backend, **fields(operands))
     out.backward(upstream(out))

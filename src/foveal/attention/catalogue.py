@@ -2,8 +2,9 @@
 
 from foveal.attention.backend import Backend
 from foveal.attention.backends.flash import Flash
+from foveal.attention.backends.fused import Fused
 from foveal.attention.backends.unfused import Unfused
 
-BACKENDS: tuple[Backend, ...] = (Unfused(), Flash())
+BACKENDS: tuple[Backend, ...] = (Unfused(), Fused(), Flash())
 
 BY_NAME: dict[str, Backend] = {backend.name: backend for backend in BACKENDS}
