@@ -164,6 +164,17 @@ def test_hidden_rows(backend: str, name: str, dtype: torch.dtype) -> None:
     assert all(x.isfinite().all() for x in (dq, dk, dv))
 
 
+def test_gradient_of_the_lse_where_it_is_infinite(backend: str) -> None:
+    """Whatever comes back through an lse of -inf stops there."""
+    q, k, v = (x.requires_grad_() for x in tensors())
+    made = spec(causal=True, softcap=3.0)
+    positions = torch.arange(LENGTH) - 30
+    _, lse = attend(q, k, v, made, backend=backend, return_lse=True, q_positions=positions)
+    lse.square().sum().backward()  # 2 * -inf comes back to the first 30 rows
+    assert all(x.grad.isfinite().all() and x.grad.any() for x in (q, k))
+    assert not q.grad[:, :, :30].any()
+
+
 def test_rising_maxima(backend: str) -> None:
     """Each key's score above the last one's: an online softmax rescales at every step."""
     q = torch.ones(1, 1, 1, 1)

@@ -108,7 +108,13 @@ PACKED_BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "v-tokens": ("v", {"v": torch.zeros(8, HKV, DV)}),
     "not-from-0": ("cu_seqlens_q", {"cu_seqlens_q": torch.tensor([1, 5])}),
     "not-to-the-end": ("cu_seqlens_q", {"cu_seqlens_q": torch.tensor([0, 4])}),
-    "not-monotone": ("cu_seqlens_k", {"cu_seqlens_k": torch.tensor([0, 6, 3, 7])}),
+    "not-monotone": (
+        "cu_seqlens_k",
+        {
+            "cu_seqlens_q": torch.tensor([0, 1, 2, 5]),
+            "cu_seqlens_k": torch.tensor([0, 6, 3, 7]),
+        },
+    ),
     "floating": ("cu_seqlens_k", {"cu_seqlens_k": torch.tensor([0.0, 7.0])}),
     "a-list": ("cu_seqlens_k", {"cu_seqlens_k": [0, 7]}),
     "two-dimensions": ("cu_seqlens_k", {"cu_seqlens_k": torch.tensor([[0, 7]])}),
