@@ -1,4 +1,4 @@
-"""What the documents show is run: every Python block, every command with its options, every link."""
+"""What the documents show is run: Python blocks, commands with their options, links."""
 
 import re
 from pathlib import Path
