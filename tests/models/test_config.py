@@ -198,6 +198,20 @@ def test_scaling_details() -> None:
     assert rope.scaling.attention_factor == pytest.approx(1.1902380714238083)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        (None, 32768),
+        ({"type": "dynamic", "factor": 2.0}, 65536),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}, 32768),
+        ({"type": "linear", "factor": 2.0}, 32768),
+    ],
+)
+def test_context_grows_with_the_scaling(scaling: object, context: int) -> None:
+    assert read_config(PUBLISHED["Qwen2.5-0.5B"] | {"rope_scaling": scaling}).context == context
+
+
 def small(**changes: object) -> ModelConfig:
     values: dict[str, object] = {
         "family": "llama",

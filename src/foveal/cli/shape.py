@@ -67,5 +67,5 @@ class ShapeOptions:
             dtype=parse_dtype(self.dtype or "float32"),
             device=device,
             batch=self.batch or 1,
-            max_length=config.max_positions,
+            max_length=config.context,
         )

@@ -65,7 +65,7 @@ class LLM:
     @property
     def context(self) -> int:
         """Tokens that prompt and answer together may have."""
-        return self.model.config.max_positions
+        return self.model.config.context
 
     def generate(
         self,

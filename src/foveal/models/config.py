@@ -14,7 +14,7 @@ from foveal.nn.block import BlockConfig
 from foveal.nn.mlp import MLPConfig
 from foveal.nn.norm import NormConfig, NormKind
 from foveal.nn.rope import RopeConfig
-from foveal.nn.scaling import LongScaling
+from foveal.nn.scaling import DynamicScaling, LongScaling, YarnScaling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +77,15 @@ class ModelConfig:
                 raise ConfigError(f"rope: got dim {rope.dim}; accepted: up to {self.head_dim}")
         for layer in range(self.num_layers):
             self.block(layer)
+
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence may have: `max_positions`, stretched where the rotary scaling
+        goes beyond it (dynamic NTK and YaRN; other kinds have it in `max_positions` already)."""
+        scaling = None if self.rope is None else self.rope.scaling
+        if isinstance(scaling, DynamicScaling | YarnScaling):
+            return max(self.max_positions, int(scaling.original_length * scaling.factor))
+        return self.max_positions
 
     @property
     def restart_length(self) -> int | None:
