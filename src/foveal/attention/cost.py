@@ -7,6 +7,7 @@ query and one key; it costs 2 D FLOPs for its score and 2 Dv for its share of th
 from foveal.attention.mask import num_visible
 from foveal.attention.spec import AttentionSpec
 from foveal.attention.workload import Workload
+from foveal.core.dtypes import accumulate_dtype
 
 SOFTMAX_FLOPS = 64
 """The softmax of one pair takes as long as so many FLOPs of a matrix product: 0.7 ns against
@@ -40,3 +41,12 @@ def operand_bytes(spec: AttentionSpec, workload: Workload) -> int:
     keys = workload.kv_len * spec.num_kv_heads
     elements = (queries + keys) * (spec.head_dim + spec.value_dim)
     return workload.batch * elements * workload.dtype.itemsize
+
+
+def widening_bytes(spec: AttentionSpec, workload: Workload) -> int:
+    """Bytes of writing q, k and v in the accumulating dtype and reading them back; 0 if they have
+    it already."""
+    wide = accumulate_dtype(workload.dtype).itemsize
+    if wide == workload.dtype.itemsize:
+        return 0
+    return operand_bytes(spec, workload) // workload.dtype.itemsize * wide * 2

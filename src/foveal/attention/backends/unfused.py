@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from foveal.attention import cost
 from foveal.attention.mask import Visibility
 from foveal.attention.operands import Operands
 from foveal.attention.spec import Approximation, AttentionSpec
@@ -54,12 +55,14 @@ class Unfused:
         return pairs * (spec.num_heads * size * _LIVE_SCORES + 1)
 
     def estimate(self, spec: AttentionSpec, workload: Workload, peaks: Peaks) -> Estimate:
-        """Two matrix products over all pairs, and a walk over the scores for every step."""
+        """Two matrix products and a softmax over all pairs; a walk over the scores for every step;
+        the inputs twice (values are searched for inf and NaN), and widened where they are half."""
         dtype = accumulate_dtype(workload.dtype)
-        pairs = workload.batch * spec.num_heads * workload.q_len * workload.kv_len
+        pairs = cost.all_pairs(spec, workload)
+        inputs = 2 * cost.operand_bytes(spec, workload) + cost.widening_bytes(spec, workload)
         work = Work(
-            flops=2.0 * pairs * (spec.head_dim + spec.value_dim),
-            bytes_moved=pairs * dtype.itemsize * _SCORE_PASSES,
+            flops=cost.attention_flops(spec, pairs),
+            bytes_moved=pairs * dtype.itemsize * _SCORE_PASSES + inputs,
             calls=_CALLS,
         )
         return roofline(work, dtype, peaks)
