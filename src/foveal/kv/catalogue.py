@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from foveal.kv.cache import CacheShape, KVCache, Window
 from foveal.kv.contiguous import ContiguousCache
+from foveal.kv.paged import PagedCache
 from foveal.kv.ring import RingCache
+from foveal.kv.store import PageStore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +32,19 @@ def _ring(size: int, sinks: int) -> CacheKind:
     )
 
 
+def _paged(page_size: int, window: Window | None = None, format: str = "float32") -> CacheKind:
+    def make(shape: CacheShape, tokens: int) -> PagedCache:
+        num_pages = 2 * shape.batch * -(-tokens // page_size)  # as many again for a fork
+        store = PageStore(shape, num_pages, page_size, key_format=format, value_format=format)
+        return PagedCache(store, window=window)
+
+    name = f"pages of {page_size}, {format}"
+    if window is not None:
+        name += f", window of {window.size} and {window.sinks} sinks"
+    error = {"float32": 0.0, "bfloat16": 2**-9, "int8": 1 / 254}[format]
+    return CacheKind(name=name, make=make, window=window, error=error)
+
+
 CACHES: tuple[CacheKind, ...] = (
     CacheKind(name="contiguous", make=lambda shape, tokens: ContiguousCache(shape)),
     CacheKind(
@@ -39,4 +54,11 @@ CACHES: tuple[CacheKind, ...] = (
     _ring(1, 0),
     _ring(6, 0),
     _ring(5, 3),
+    _paged(1),
+    _paged(4),
+    _paged(16),
+    _paged(4, Window(6)),
+    _paged(3, Window(7, 4)),
+    _paged(4, format="bfloat16"),
+    _paged(4, format="int8"),
 )

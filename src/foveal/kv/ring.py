@@ -195,8 +195,8 @@ class RingCache:
         return self._step.shape[1] == 1
 
     def _begin(self, positions: torch.Tensor | None, num_slots: int) -> None:
+        self._chunk, self._written = [], 0
         self._step = self._slots.place(positions, num_slots)
-        self._chunk = []
         if self._single:
             self._held.scatter_(1, self._slot_of(self._step), self._step)
             self._held[:, -1] = -1

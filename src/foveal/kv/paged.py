@@ -1,0 +1,296 @@
+"""`PagedCache`: each sequence is a table of pages that lie anywhere in a store.
+
+Nothing is ever moved: growing takes a page, forking shares all pages and copies one when it is
+written, forgetting (by truncation, or because the window has passed) gives pages back, and a
+prompt that begins like an earlier one takes up that one's pages (PagedAttention, Kwon et al. 2023).
+At most one page per sequence is partly empty. Pads are not stored: the token at position p is in
+slot p mod S of the sequence's page p // S.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+
+from foveal.core.errors import ArgumentError, OutOfPages
+from foveal.kv.cache import CacheStats, Window, check_append
+from foveal.kv.formats import Scales
+from foveal.kv.prefix import Salt, chain
+from foveal.kv.slots import Slots
+from foveal.kv.store import PagedView, PageStore
+
+
+@dataclass(slots=True)
+class PageTable:
+    """The pages of one sequence."""
+
+    pages: dict[int, int] = field(default_factory=dict)
+    """Which part of the sequence (position // S), ascending, is in which page."""
+    digests: list[bytes] = field(default_factory=list)
+    """Hashes of the first parts, as far as they have been published or taken up."""
+    evicted: int = 0
+    """Positions below this, other than sinks, have been given up to the window."""
+
+
+class PagedCache:
+    """A batch of sequences over a store of pages. Implements `KVCache`.
+
+    `reset` gives the pages back; a cache that is thrown away without it keeps them from others.
+    """
+
+    def __init__(
+        self,
+        store: PageStore,
+        *,
+        batch: int | None = None,
+        window: Window | None = None,
+        dtype: torch.dtype = torch.float32,
+        salt: Salt | None = None,
+    ) -> None:
+        """`dtype` is that of the keys and values that come and go, whatever the store's format.
+        `salt` says what they depend on beside tokens, window and format; None shares no prefix.
+        """
+        if any(format.scales is Scales.CHANNEL for format in store.formats):
+            accepted = "formats that take token by token; wrap a cache in QuantisedCache instead"
+            raise ArgumentError("store", "scales per channel, which take whole pages", accepted)
+        self.store = store
+        self.shape = replace(store.shape, batch=batch or store.shape.batch)
+        self.window = window
+        self.dtype = dtype
+        self.tables = [PageTable() for _ in range(self.shape.batch)]
+        self._salt = salt
+        self._like = torch.empty(0, dtype=dtype, device=store.device)
+        self._slots = Slots(self.shape.batch, store.device)
+        self._written = 0
+        self._step = torch.empty(self.shape.batch, 0, dtype=torch.int64, device=store.device)
+        """[B, T]: positions of the step under way."""
+
+    @property
+    def length(self) -> int:
+        """Slots so far, evicted ones included."""
+        return self._slots.length
+
+    @property
+    def next_positions(self) -> torch.Tensor:
+        """int64 [B]."""
+        return self._slots.next
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole store, which other caches may share."""
+        return self.store.nbytes
+
+    @property
+    def stats(self) -> CacheStats:
+        """Counts for reports; a page that several sequences share counts once."""
+        held = {page for table in self.tables for page in table.pages.values()}
+        return CacheStats(
+            length=self.length,
+            capacity=self.store.pool.num_pages * self.store.page_size,
+            used_bytes=len(held) * self.store.page_bytes,
+            allocated_bytes=self.nbytes,
+            num_growths=0,
+        )
+
+    def append(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> PagedView:
+        """Store the keys and values of one layer; see `KVCache.append`.
+
+        Positions, if given, go on from `next_positions` without a gap. Raises `OutOfPages`, at
+        layer 0 and without a trace, if the store cannot hold the step.
+        """
+        slots = self._step.shape[1]
+        check_append(self.shape, self._like, layer, k, v, written=self._written, slots=slots)
+        if layer == 0:
+            self._begin(positions, k.shape[2])
+        real = self._step >= 0
+        k, v = k.transpose(1, 2)[real], v.transpose(1, 2)[real]
+        self.store.write(layer, self._pages, self._step[real] % self.store.page_size, k, v)
+        view = replace(self._view, layer=layer)
+        self._written = layer + 1
+        if self._written == self.shape.num_layers:
+            self._finish()
+        return view
+
+    def truncate(self, length: int) -> None:
+        """Forget every slot from `length` on, if the window before it is still there."""
+        if not 0 <= length <= self.length:
+            raise ArgumentError("length", length, f"0 to the cache's length {self.length}")
+        tokens = self._slots.tokens_before(length).tolist()
+        for table, end, now in zip(self.tables, tokens, self._slots.next.tolist(), strict=True):
+            if self.window is not None and end < now:
+                first = end - self.window.size + 1
+                if table.evicted > max(first, 0):
+                    accepted = f"the length {self.length}, or one whose window is not evicted yet"
+                    raise ArgumentError("length", length, accepted)
+        self._slots.truncate(length)
+        self._written = 0
+        self._release_beyond()
+        for table, end in zip(self.tables, tokens, strict=True):
+            del table.digests[end // self.store.page_size :]
+
+    def fork(self) -> Self:
+        """A cache that shares every page until one of the two writes to it."""
+        self._release_beyond()
+        other = type(self)(
+            self.store,
+            batch=self.shape.batch,
+            window=self.window,
+            dtype=self.dtype,
+            salt=self._salt,
+        )
+        other._slots = self._slots.copy()
+        for mine in self.tables:
+            self.store.pool.share(mine.pages.values())
+        other.tables = [
+            PageTable(dict(mine.pages), list(mine.digests), mine.evicted) for mine in self.tables
+        ]
+        return other
+
+    def reset(self) -> None:
+        """Forget everything and give the pages back."""
+        for table in self.tables:
+            self.store.pool.release(list(table.pages.values()))
+        self.tables = [PageTable() for _ in self.tables]
+        self._slots = Slots(self.shape.batch, self.store.device)
+        self._written = 0
+
+    def reuse(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Take up the pages that the store knows of each prompt's beginning, into an empty cache.
+
+        Returns how many tokens of each prompt need not be computed any more: whole pages, and
+        never the last token. Shorter beginnings count as padded on the left.
+        """
+        if self.length or len(prompts) != self.shape.batch:
+            accepted = f"{self.shape.batch} prompts and an empty cache"
+            raise ArgumentError("prompts", f"{len(prompts)}, length {self.length}", accepted)
+        size, start = self.store.page_size, self._start()
+        counts = []
+        for table, tokens in zip(self.tables, prompts, strict=True):
+            digests = chain(start, tokens[:-1], size)
+            pages = self.store.pool.match(digests)
+            table.pages, table.digests = dict(enumerate(pages)), digests[: len(pages)]
+            counts.append(len(pages) * size)
+        taken = torch.tensor(counts, device=self.store.device).unsqueeze(1)
+        longest = max(counts)
+        positions = torch.arange(longest, device=self.store.device) - longest + taken
+        self._slots.advance(positions.clamp(min=-1))
+        return counts
+
+    def publish(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Let others take up the full pages of these sequences, given all their tokens so far.
+
+        Pages computed after an eviction are never shared.
+        """
+        size, start = self.store.page_size, self._start()
+        for table, given, length in zip(
+            self.tables, tokens, self._slots.next.tolist(), strict=True
+        ):
+            if len(given) < length:
+                raise ArgumentError("tokens", f"{len(given)} of a sequence", f"all {length}")
+            if table.evicted:
+                continue
+            known = len(table.digests)
+            last = table.digests[-1] if known else start
+            fresh = chain(last, given[known * size : length], size)
+            for part, digest in enumerate(fresh, start=known):
+                self.store.pool.publish(table.pages[part], digest)
+            table.digests += fresh
+
+    def _start(self) -> bytes:
+        if self._salt is None:
+            raise ArgumentError("salt", None, "a Salt, given to the cache, to share prefixes by")
+        key_format, value_format = (format.name for format in self.store.formats)
+        window = "" if self.window is None else f"{self.window.size}+{self.window.sinks}"
+        whole = replace(
+            self._salt,
+            key_format=key_format,
+            value_format=value_format,
+            window=f"{self._salt.window} {window}",
+        )
+        return whole.digest()
+
+    def _begin(self, positions: torch.Tensor | None, num_slots: int) -> None:
+        """Secure the step's pages in every sequence, or in none."""
+        self._written = 0
+        step = self._slots.place(positions, num_slots)
+        self._release_beyond()
+        ends = (self._slots.next + (step >= 0).sum(1)).tolist()
+        try:
+            for table, start, end in zip(self.tables, self._slots.next.tolist(), ends, strict=True):
+                self._secure(table, start, end)
+        except OutOfPages:
+            self._release_beyond()
+            raise
+        self._step, size = step, self.store.page_size
+        rows = zip(self.tables, step.tolist(), strict=True)
+        pages = [table.pages[p // size] for table, row in rows for p in row if p >= 0]
+        self._pages = torch.tensor(pages, dtype=torch.int64, device=self.store.device)
+        self._view = self._whole_view(ends)
+
+    def _secure(self, table: PageTable, start: int, end: int) -> None:
+        """Make positions start .. end - 1 of one sequence writable."""
+        pool, size = self.store.pool, self.store.page_size
+        part, slot = divmod(start, size)
+        if slot and start < end:
+            page = table.pages[part]
+            fresh = table.pages[part] = pool.writable(page, slot)
+            if fresh != page:
+                self.store.copy(page, fresh)
+        parts = range(-(-start // size), -(-end // size))
+        table.pages.update(zip(parts, pool.allocate(len(parts)), strict=True))
+
+    def _whole_view(self, ends: list[int]) -> PagedView:
+        num_columns = max(len(table.pages) for table in self.tables)
+        columns = [
+            (
+                [*pages, *[-1] * (num_columns - len(pages))],
+                [*parts, *[0] * (num_columns - len(parts))],
+            )
+            for parts, pages in ((list(t.pages), list(t.pages.values())) for t in self.tables)
+        ]
+        table, parts = (
+            torch.tensor(rows, dtype=torch.int64, device=self.store.device).reshape(
+                self.shape.batch, num_columns
+            )
+            for rows in zip(*columns, strict=True)
+        )
+        return PagedView(
+            store=self.store,
+            layer=0,
+            dtype=self.dtype,
+            table=table,
+            starts=parts * self.store.page_size,
+            lengths=torch.tensor(ends, device=self.store.device),
+            window=self.window,
+        )
+
+    def _finish(self) -> None:
+        """Count the step, and give up the pages that no later query may see."""
+        before = self._slots.next.tolist()
+        self._slots.advance(self._step)
+        self._written = 0
+        size = self.store.page_size
+        for table, start, end in zip(self.tables, before, self._slots.next.tolist(), strict=True):
+            for part in range(start // size, -(-end // size)) if start < end else ():
+                self.store.pool.fill(table.pages[part], min(size, end - part * size))
+            if self.window is not None:
+                self._evict(table, end - self.window.size + 1)
+
+    def _evict(self, table: PageTable, first: int) -> None:
+        """Give up pages of nothing but positions below `first` that are no sinks."""
+        assert self.window is not None
+        size = self.store.page_size
+        for part in [p for p in table.pages if (p + 1) * size <= first]:
+            if part * size >= self.window.sinks:
+                self.store.pool.release([table.pages.pop(part)])
+                table.evicted = (part + 1) * size
+
+    def _release_beyond(self) -> None:
+        """Give back pages that hold no token of a finished step."""
+        size = self.store.page_size
+        for table, end in zip(self.tables, self._slots.next.tolist(), strict=True):
+            parts = [part for part in table.pages if part * size >= end]
+            self.store.pool.release([table.pages.pop(part) for part in parts])

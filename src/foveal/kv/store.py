@@ -1,0 +1,151 @@
+"""`PageStore`: the tensors of all pages of all layers in one storage format, and their pool.
+
+A store outlives caches and is shared by them: what a `PagedCache` holds is a table of page
+numbers. Memory is allocated once; a page takes the same bytes whoever holds it. `PagedView` is such
+tables together with the store, as attention takes them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from foveal.kv.cache import CacheShape, KVView, Window
+from foveal.kv.formats import Format, Stored, parse_format
+from foveal.kv.pages import PagePool
+
+_TILE_TOKENS = 1024
+"""Tokens of each sequence that are gathered from their pages at a time."""
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+class PageStore:
+    """Keys [pages, Hkv, S, D] and values [pages, Hkv, S, Dv] of every layer, as stored."""
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        num_pages: int,
+        page_size: int,
+        *,
+        key_format: str = "float32",
+        value_format: str = "float32",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Pages of `page_size` tokens for a model of this shape; its batch does not matter."""
+        self.shape = shape
+        self.pool = PagePool(num_pages, page_size)
+        self.formats = (parse_format(key_format), parse_format(value_format))
+        layers = range(shape.num_layers)
+        self._keys = [self._empty(0, shape.head_dim, device) for _ in layers]
+        self._values = [self._empty(1, shape.value_dim, device) for _ in layers]
+
+    @property
+    def page_size(self) -> int:
+        """S: tokens of a page."""
+        return self.pool.page_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages are."""
+        return self._keys[0].codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values, scales included."""
+        return sum(stored.nbytes for stored in (*self._keys, *self._values))
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers."""
+        return self.nbytes // self.pool.num_pages
+
+    def write(
+        self, layer: int, pages: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Store n tokens, k [n, Hkv, D] and v [n, Hkv, Dv], at slots [n] of pages [n].
+
+        Not for formats with scales per channel, which store pages as a whole.
+        """
+        for format, stored, x in self._pairs(layer, k, v):
+            token = format.encode(x.unsqueeze(2))
+            stored.put((pages, slice(None), slots), Stored(*(t.squeeze(2) for t in token.tensors)))
+
+    def write_pages(
+        self, layer: int, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Store n whole pages, k [n, Hkv, S, D] and v [n, Hkv, S, Dv]."""
+        for format, stored, x in self._pairs(layer, k, v):
+            stored.put((pages,), format.encode(x))
+
+    def read(self, layer: int, pages: torch.Tensor, dtype: torch.dtype) -> KeyValue:
+        """Keys [..., Hkv, S, D] and values [..., Hkv, S, Dv] of pages [...], in `dtype`."""
+        k, v = (
+            format.decode(stored[pages], dtype)
+            for format, stored in zip(
+                self.formats, (self._keys[layer], self._values[layer]), strict=True
+            )
+        )
+        return k, v
+
+    def copy(self, source: int, target: int) -> None:
+        """Make one page equal another, in every layer."""
+        for stored in (*self._keys, *self._values):
+            for tensor in stored.tensors:
+                tensor[target] = tensor[source]
+
+    def _pairs(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[tuple[Format, Stored, torch.Tensor], ...]:
+        return (
+            (self.formats[0], self._keys[layer], k),
+            (self.formats[1], self._values[layer], v),
+        )
+
+    def _empty(self, which: int, size: int, device: torch.device | str) -> Stored:
+        heads = self.shape.num_kv_heads
+        shape = (self.pool.num_pages, heads, self.page_size, size)
+        return self.formats[which].empty(shape, device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PagedView:
+    """Pages of N sequences in one layer."""
+
+    store: PageStore
+    layer: int
+    dtype: torch.dtype
+    """In which tiles come."""
+    table: torch.Tensor
+    """int64 [N, C]: page numbers in any order, -1 for none."""
+    starts: torch.Tensor
+    """int64 [N, C]: the position in the first slot of each page."""
+    lengths: torch.Tensor
+    """int64 [N]: slots of positions at or beyond this hold nothing."""
+    window: Window | None = None
+
+    def rows(self, index: torch.Tensor) -> "PagedView":
+        """The same of some of the sequences, without the columns that these do not have."""
+        table, starts = self.table[index], self.starts[index]
+        used = (table >= 0).any(0)
+        return replace(
+            self, table=table[:, used], starts=starts[:, used], lengths=self.lengths[index]
+        )
+
+    def tiles(self) -> Iterator[KVView]:
+        """Some pages of each sequence at a time, gathered and decoded."""
+        size = self.store.page_size
+        num_columns = max(1, _TILE_TOKENS // size)
+        offsets = torch.arange(size, device=self.table.device)
+        for begin in range(0, self.table.shape[1], num_columns):
+            columns = slice(begin, begin + num_columns)
+            table, starts = self.table[:, columns], self.starts[:, columns]
+            k, v = self.store.read(self.layer, table.clamp(min=0), self.dtype)
+            positions = starts.unsqueeze(2) + offsets
+            there = (table >= 0).unsqueeze(2) & (positions < self.lengths[:, None, None])
+            yield KVView(
+                k.transpose(1, 2).flatten(2, 3),
+                v.transpose(1, 2).flatten(2, 3),
+                torch.where(there, positions, -1).flatten(1),
+            )
