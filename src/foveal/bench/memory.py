@@ -4,12 +4,14 @@
 writing 5 to `/proc/self/clear_refs` sets it back to what is resident now (proc_pid_clear_refs(5)).
 What malloc has kept from earlier calls would be reused unseen, so it is given back first
 (malloc_trim(3)). Sees everything, kernels' own scratch buffers included. The method is tried once
-on an allocation of known size; where it does not see that, `counted` takes its place.
+on an allocation of known size; where it does not see that, `counted` takes its place, and for a
+small call too where that finds more: malloc cannot give back pages that are partly in use, and
+they may be enough for a small call.
 `allocator` (CUDA): the high-water mark of PyTorch's allocator.
 `counted` (elsewhere): bytes alive in tensors that operators returned; misses kernels' scratch.
 
-The peak is what the call holds at most beyond what was there before it, its result included. The
-call runs once before, so that what libraries allocate once and keep is left out.
+The peak is what the call holds at most beyond what was there before it, its result included. A
+call should have run before, so that what libraries allocate once and keep is left out.
 """
 
 import ctypes
@@ -30,6 +32,8 @@ Call = Callable[[], object]
 TRIAL_BYTES = 64 * 2**20
 """Allocation on which the resident method must prove itself."""
 TRIAL_TOLERANCE = 0.05
+SMALL_BYTES = 16 * 2**20
+"""Below this, memory that malloc holds in partly used pages may hide a call's peak."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,14 +46,14 @@ class PeakMemory:
 
 
 def peak_memory(call: Call, device: str = "cpu") -> PeakMemory:
-    """Run `call` twice and measure the peak of the second run."""
-    call()
+    """Run `call`, which is warm, and measure its peak."""
     gc.collect()
     if device == "cuda":
         return PeakMemory(num_bytes=_allocator_peak(call), method="allocator")
-    if resident_works():
-        return PeakMemory(num_bytes=_resident_peak(call), method="resident")
-    return PeakMemory(num_bytes=counted_peak(call), method="counted")
+    resident = _resident_peak(call) if resident_works() else 0
+    if resident < SMALL_BYTES and (counted := counted_peak(call)) >= resident:
+        return PeakMemory(num_bytes=counted, method="counted")
+    return PeakMemory(num_bytes=resident, method="resident")
 
 
 @cache

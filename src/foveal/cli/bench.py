@@ -25,7 +25,7 @@ File = Annotated[Path, typer.Argument(help="Records, as --out wrote them.")]
 @bench.command()
 def attention(
     quick: Annotated[bool, typer.Option("--quick", help="One curve, under a minute.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="All combinations: hours.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="All combinations: over an hour.")] = False,
     lengths: Annotated[Some, typer.Option(help="Keys, such as 128,1024.")] = None,
     heads: Annotated[Some, typer.Option(help="Query heads.")] = None,
     kv_heads: Annotated[Some, typer.Option(help="Key/value heads.")] = None,

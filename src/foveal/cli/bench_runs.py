@@ -21,7 +21,7 @@ from foveal.bench import lines, report
 from foveal.bench import stability as trials
 from foveal.bench.record import Cell, Record, Run, read_records
 from foveal.core.dtypes import parse_dtype
-from foveal.core.errors import ArgumentError
+from foveal.core.errors import ArgumentError, ConfigError
 from foveal.hardware import calibrate as calibration
 from foveal.hardware.detect import detect
 from foveal.hardware.peaks import peaks
@@ -68,8 +68,9 @@ def attention(
     settings = benchmark.Settings(
         backends=backends, budget_s=benchmark.QUICK_BUDGET_S if quick else benchmark.BUDGET_S
     )
-    run = _run(grid.devices[0], {"grid": size, **settings.described}, calibrate)
     with output.records() as path:
+        _require_appendable(path)
+        run = _run(grid.devices[0], {"grid": size, **settings.described}, calibrate)
         _measure(cells, settings, run, path, output.as_json, budget_s)
         records = [record for record in read_records(path) if record.run == run]
         _show(records, run, output)
@@ -132,6 +133,17 @@ def _run(device: str, settings: dict[str, str], calibrate: bool) -> Run:
         typer.echo("measuring this machine's limits: a few seconds, once", err=True)
         calibration.calibrate(machine, device)
     return Run.now(machine, peaks(machine, device), settings)
+
+
+def _require_appendable(path: Path) -> None:
+    """Before anything is measured, not after. Raises `LoadError` if `path` holds anything but
+    records, `ConfigError` if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise ConfigError(f"records cannot be written to {path}: {error.strerror}") from error
+    read_records(path)
 
 
 def _measure(
