@@ -121,6 +121,7 @@ def test_resume_takes_no_other_recipe(arguments: list[str], tmp_path: Path) -> N
     first = json.loads((tmp_path / "run" / "result.json").read_text())
     again = json.loads(foveal(*out, "--json"))
     assert again["heldout_loss"] == first["heldout_loss"], "a finished run only ends again"
+    assert json.loads(foveal(*out, "--steps", "8", "--json"))["steps"] == 8, "or is made longer"
 
 
 def test_help_shows_an_example() -> None:
