@@ -38,8 +38,8 @@ _KEYS = 64
 
 _CALLS_PER_TILE, _CALLS_PER_SPAN = 10, 14
 """Operators launched."""
-_DROPOUT_BYTES = 32
-"""What drawing the random words of one weight takes: int64 words, products, and the factor."""
+_DROPOUT_BYTES = 20
+"""What drawing the random words of one weight takes: int64 words and products, then the factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +66,19 @@ class Flash:
     def workspace_bytes(self, spec: AttentionSpec, workload: Workload) -> int:
         """The buffers of one tile, whatever the lengths: scores, queries, keys, results."""
         cut_to = sizes(spec, workload.q_len, workload.kv_len)
-        batch, span = min(cut_to.batch, workload.batch), min(cut_to.span, workload.kv_len)
         size = accumulate_dtype(workload.dtype).itemsize
-        queries, pairs = batch * spec.num_heads * cut_to.rows, cut_to.rows * span
-        keys = batch * spec.num_kv_heads * span
+        batch = min(cut_to.batch, workload.batch)
+        span = min(cut_to.span, workload.kv_len, _widest(spec, cut_to))
+        queries = batch * spec.num_heads * cut_to.rows
         copies = 2 if spec.softcap is not None or cut_to.rows < _KEYS else 1
-        scores = queries * span * (size * copies + (_DROPOUT_BYTES if spec.dropout else 0))
+        per_pair = size * copies + (_DROPOUT_BYTES if spec.dropout else 0)
         if workload.operands & {"mask", "bias"}:
-            scores += queries * span * (size + 1)
-        rows = queries * (2 * spec.head_dim + 2 * spec.value_dim)
-        return scores + size * (rows + keys * max(spec.head_dim, spec.value_dim) + pairs)
+            per_pair += size + 1
+        per_query = size * (spec.head_dim + 2 * spec.value_dim)
+        gathered = batch * spec.num_kv_heads * span * max(spec.head_dim, spec.value_dim) * size
+        if size == workload.dtype.itemsize:
+            gathered = 0  # a view
+        return queries * (span * per_pair + per_query) + cut_to.rows * span * size + gathered
 
     def estimate(self, spec: AttentionSpec, workload: Workload, peaks: Peaks) -> Estimate:
         """The pairs in visited tiles, each input once, and the calls of every tile and span."""
@@ -116,6 +119,16 @@ def sizes(spec: AttentionSpec, q_len: int, kv_len: int) -> Sizes:
     span = max(1, _BUFFER // (per_key * keys)) * keys
     batch = max(1, _BUFFER // (per_key * max(1, min(span, kv_len))))
     return Sizes(batch, rows, keys, span)
+
+
+def _widest(spec: AttentionSpec, cut_to: Sizes) -> int:
+    """Keys that one tile of queries visits at most, sinks aside."""
+    left, right = spec.left, spec.right
+    if spec.chunk is not None:
+        left, right = spec.chunk, spec.chunk
+    if left is None or right is None:
+        return cut_to.span
+    return cut_to.rows + left + right + cut_to.keys
 
 
 def spans(tiles: Sequence[tuple[slice, Sight]], limit: int, all_partial: bool) -> Iterator[Span]:
