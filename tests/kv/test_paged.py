@@ -180,3 +180,23 @@ def test_misuse_is_refused() -> None:
         salted.reuse([[1, 2]])
     with pytest.raises(ArgumentError, match="tokens: got 1 of a sequence; accepted: all 2"):
         salted.publish([[1]])
+
+
+def test_what_is_written_after_a_truncation_is_published_anew() -> None:
+    shared = store()
+    cache = PagedCache(shared, salt=Salt(model="m"))
+    feed(cache, [1, 2, 3, 4, 5])
+    cache.publish([[1, 2, 3, 4, 5]])
+    cache.truncate(2)
+    feed(cache, [8, 9, 9])
+    cache.publish([[1, 2, 8, 9, 9]])
+    for prompt in ([1, 2, 3, 4, 5], [1, 2, 8, 9, 9]):
+        assert PagedCache(shared, salt=Salt(model="m")).reuse([prompt]) == [4]
+
+
+def test_an_abandoned_step_keeps_no_page() -> None:
+    cache = PagedCache(store())
+    feed(cache, [1, 2])
+    cache.append(0, torch.zeros(1, 1, 9, 2), torch.zeros(1, 1, 9, 3))
+    feed(cache, [3])
+    assert cache.store.pool.stats().num_used == 1
