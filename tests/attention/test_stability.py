@@ -164,10 +164,11 @@ def test_hidden_rows(backend: str, name: str, dtype: torch.dtype) -> None:
     assert all(x.isfinite().all() for x in (dq, dk, dv))
 
 
-def test_gradient_of_the_lse_where_it_is_infinite(backend: str) -> None:
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradient_of_the_lse_where_it_is_infinite(backend: str, softcap: float | None) -> None:
     """Whatever comes back through an lse of -inf stops there."""
     q, k, v = (x.requires_grad_() for x in tensors())
-    made = spec(causal=True, softcap=3.0)
+    made = spec(causal=True, softcap=softcap)
     positions = torch.arange(LENGTH) - 30
     _, lse = attend(q, k, v, made, backend=backend, return_lse=True, q_positions=positions)
     lse.square().sum().backward()  # 2 * -inf comes back to the first 30 rows
