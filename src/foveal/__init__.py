@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from foveal.attention.merge import merge
     from foveal.attention.spec import Approximation, AttentionSpec, alibi_slopes
     from foveal.attention.trace import trace
-    from foveal.core.errors import FovealError
+    from foveal.core.errors import (
+        ArgumentError,
+        BudgetExceeded,
+        FovealError,
+        LoadError,
+        RequestError,
+        Unsupported,
+    )
     from foveal.engine.llm import LLM
     from foveal.engine.request import SamplingParams
     from foveal.models.load import load_model
@@ -38,14 +45,24 @@ _ROOMS = {
     "load_model": "models.load",
     "save_model": "models.save",
     "FovealError": "core.errors",
+    "ArgumentError": "core.errors",
+    "Unsupported": "core.errors",
+    "BudgetExceeded": "core.errors",
+    "LoadError": "core.errors",
+    "RequestError": "core.errors",
 }
 
 __all__ = [
     "LLM",
     "Approximation",
+    "ArgumentError",
     "AttentionSpec",
+    "BudgetExceeded",
     "FovealError",
+    "LoadError",
+    "RequestError",
     "SamplingParams",
+    "Unsupported",
     "alibi_slopes",
     "attend",
     "attend_varlen",
