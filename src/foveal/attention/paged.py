@@ -5,20 +5,42 @@ attended to by any backend, and merged into the result by its log-sum-exp, so a 
 widened as a whole. Portable, exact to rounding, for inference. The temporaries are one tile of
 keys and values and one result of the queries' size.
 
+Keys keep the rotation of their absolute position, so distances within a window are right for ever.
+Sinks are attended to apart, by queries rotated as if the sinks stood right before the window
+(`Window.from_sinks`): no query meets a distance that is longer than what is kept, and no key is
+ever rewritten.
+
 `attend_view` takes [B, H, T, D] queries, as a model's layers have them; `attend_paged` takes
 sequences of different lengths packed together: decoding and chunks of prompts in one call.
 """
 
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import pairwise
+
 import torch
 
 from foveal.attention.api import attend
-from foveal.attention.merge import merge
+from foveal.attention.merge import merge, with_sink
 from foveal.attention.spec import AttentionSpec
+from foveal.attention.validate import read_bounds
 from foveal.core.dtypes import accumulate_dtype
 from foveal.core.errors import ArgumentError
 from foveal.kv.cache import KVView, View, Window
 
 Result = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Queries, and where they are."""
+
+    q: torch.Tensor
+    """[B, H, T, D]"""
+    positions: torch.Tensor
+    """int [B, T], -1 for pads."""
+    sink_q: torch.Tensor
+    """[B, H, T, D]: the queries as sinks see them."""
 
 
 def attend_view(
@@ -27,15 +49,17 @@ def attend_view(
     spec: AttentionSpec,
     *,
     q_positions: torch.Tensor | None = None,
+    sink_q: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Attention of q [B, H, T, D] over everything that a cache holds: out [B, H, T, Dv].
 
     `q_positions` is int [B, T], -1 for pads; None where queries are the last slots of a view that
-    is one tile without positions. Arguments and errors otherwise as `attend`.
+    is one tile without positions. `sink_q` [B, H, T, D] is q as the sinks see it, rotated at
+    `Window.from_sinks`; None where it is the same. Arguments and errors otherwise as `attend`.
     """
     if isinstance(view, KVView):
-        out = attend(
+        return attend(
             q,
             view.keys,
             view.values,
@@ -44,43 +68,148 @@ def attend_view(
             q_positions=q_positions,
             kv_positions=view.positions,
         )
-        assert isinstance(out, torch.Tensor)
-        return out
     if q_positions is None:
         raise ArgumentError("q_positions", None, "int [B, T]: this cache's slots are in no order")
-    return _over_tiles(q, view, spec, q_positions, backend)[0].to(q.dtype)
+    rows = Rows(q, q_positions, q if sink_q is None else sink_q)
+    return _over_tiles(rows, view, spec, backend)[0].to(q.dtype)
+
+
+def attend_paged(
+    q: torch.Tensor,
+    view: View,
+    spec: AttentionSpec,
+    cu_seqlens_q: torch.Tensor,
+    q_positions: torch.Tensor,
+    *,
+    sink_q: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> Result:
+    """Attention of packed queries, each sequence over its own row of the view.
+
+    q (and `sink_q`, see `attend_view`) is [tokens, H, D] in the dtype of the view's tiles;
+    sequence i has the queries `cu_seqlens_q[i]` up to `cu_seqlens_q[i + 1]` (integers [N + 1]; a
+    sequence may have none) and row i of the view. `q_positions` is int [tokens]. `sink_logits` [H]
+    join every softmax.
+
+    Sequences with as many queries and about as many keys run together, so less than half of what
+    is computed is padding. Returns `out` [tokens, H, Dv] in q's dtype and `lse` [tokens, H].
+    Raises `ArgumentError`, and what `attend` raises.
+    """
+    bounds = _check_packed(q, view, cu_seqlens_q, q_positions)
+    sink_q = q if sink_q is None else sink_q
+    out = q.new_zeros((*q.shape[:2], spec.value_dim))
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=accumulate_dtype(q.dtype))
+    for index, tokens in _alike(bounds, q_positions):
+        queries, seen_by_sinks = (x[tokens].transpose(1, 2) for x in (q, sink_q))
+        rows = Rows(queries, q_positions[tokens], seen_by_sinks)
+        part = _over_tiles(rows, view.rows(index), spec, backend)
+        if sink_logits is not None:
+            part = with_sink(*part, sink_logits)
+        out[tokens] = part[0].transpose(1, 2).to(q.dtype)
+        lse[tokens] = part[1].transpose(1, 2)
+    return out, lse
 
 
 def narrow(spec: AttentionSpec, window: Window | None) -> AttentionSpec:
     """The spec in which a query sees no more than the cache promises to keep.
 
-    Without this, a chunk's early queries would see keys that its late ones evict.
+    Without this, a chunk's early queries would see keys that its late ones evict. A layer whose
+    own window is smaller needs nothing, sinks neither.
     """
-    if window is None:
+    if window is None or (spec.left is not None and spec.left < window.size):
         return spec
-    left = window.size - 1 if spec.left is None else min(spec.left, window.size - 1)
-    return spec.replace(window=(left, spec.right), sinks=max(spec.sinks, window.sinks))
+    sinks = max(spec.sinks, window.sinks)
+    return spec.replace(window=(window.size - 1, spec.right), sinks=sinks)
 
 
-def _over_tiles(
-    q: torch.Tensor, view: View, spec: AttentionSpec, q_positions: torch.Tensor, backend: str
-) -> Result:
+def _check_packed(
+    q: torch.Tensor, view: View, cu_seqlens_q: torch.Tensor, q_positions: torch.Tensor
+) -> list[int]:
+    """The bounds of the sequences, once the packed queries have been checked against them."""
+    if q.ndim != 3:
+        raise ArgumentError("q", f"shape {list(q.shape)}", "[tokens, H, D]")
+    if q_positions.shape != q.shape[:1]:
+        accepted = f"[{q.shape[0]}], one position for each query"
+        raise ArgumentError("q_positions", f"shape {list(q_positions.shape)}", accepted)
+    bounds = read_bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    if len(bounds) - 1 != view.num_rows:
+        accepted = f"{view.num_rows + 1} bounds, for the view's {view.num_rows} sequences"
+        raise ArgumentError("cu_seqlens_q", f"{len(bounds)} bounds", accepted)
+    return bounds
+
+
+def _alike(bounds: list[int], q_positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Sequences that may run as one batch: their rows [n] and their queries' indices [n, T]."""
+    groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    positions = q_positions.tolist()
+    for row, (start, stop) in enumerate(pairwise(bounds)):
+        if start < stop:
+            reach = max(positions[start:stop]) + 1
+            groups[stop - start, reach.bit_length()].append(row)
+    device = q_positions.device
+    return [
+        (
+            torch.tensor(rows, device=device),
+            torch.tensor(
+                [list(range(bounds[row], bounds[row + 1])) for row in rows], device=device
+            ),
+        )
+        for rows in groups.values()
+    ]
+
+
+def _over_tiles(rows: Rows, view: View, spec: AttentionSpec, backend: str) -> Result:
     """`out` in the dtype of sums, and `lse`, over all tiles of a view."""
     if spec.dropout:
         raise ArgumentError("spec", f"dropout {spec.dropout}", "no dropout over a cache's tiles")
-    spec, wide = narrow(spec, view.window), accumulate_dtype(q.dtype)
+    q, window, wide = rows.q, view.window, accumulate_dtype(rows.q.dtype)
+    near = narrow(spec, window)
     out = q.new_zeros((*q.shape[:3], spec.value_dim), dtype=wide)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
     for tile in view.tiles():
-        part = attend(
-            q,
-            tile.keys,
-            tile.values,
-            spec,
-            backend=backend,
-            return_lse=True,
-            q_positions=q_positions,
-            kv_positions=tile.positions,
-        )
-        out, lse = merge((out, part[0]), (lse, part[1]))
+        sinks, rest = (None, tile) if window is None else _split(tile, window.sinks)
+        parts = [_attend(q, rows.positions, rest, near, backend)]
+        if sinks is not None and window is not None:
+            seen = window.from_sinks(rows.positions)
+            parts.append(_attend(rows.sink_q, seen, sinks, spec, backend))
+        for part in parts:
+            out, lse = merge((out, part[0]), (lse, part[1]))
     return out, lse
+
+
+def _attend(
+    q: torch.Tensor, positions: torch.Tensor, tile: KVView, spec: AttentionSpec, backend: str
+) -> Result:
+    return attend(
+        q,
+        tile.keys,
+        tile.values,
+        spec,
+        backend=backend,
+        return_lse=True,
+        q_positions=positions,
+        kv_positions=tile.positions,
+    )
+
+
+def _split(tile: KVView, num_sinks: int) -> tuple[KVView | None, KVView]:
+    """The sinks in a tile, None if there are none, and the tile without them.
+
+    Each sequence may have its sinks in other slots, because of pads.
+    """
+    assert tile.positions is not None
+    sinks = torch.arange(num_sinks, device=tile.positions.device)
+    is_sink = tile.positions.unsqueeze(1) == sinks.unsqueeze(1)  # [B, sinks, S]
+    found = is_sink.any(-1)
+    if not found.any():
+        return None, tile
+    slots = is_sink.int().argmax(-1)[:, None, :, None]
+    keys, values = (
+        x.gather(2, slots.expand(-1, x.shape[1], -1, x.shape[3])) for x in (tile.keys, tile.values)
+    )
+    hidden = tile.positions.masked_fill(is_sink.any(1), -1)
+    return (
+        KVView(keys, values, torch.where(found, sinks, -1)),
+        KVView(tile.keys, tile.values, hidden),
+    )

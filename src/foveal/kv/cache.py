@@ -53,6 +53,16 @@ class Window:
             accepted = f"an integer from 0 to the window of {self.size} tokens"
             raise ArgumentError("sinks", self.sinks, accepted)
 
+    @property
+    def span(self) -> int:
+        """Tokens that a query sees at most."""
+        return self.sinks + self.size
+
+    def from_sinks(self, positions: torch.Tensor) -> torch.Tensor:
+        """Where queries at `positions` stand for the sinks: as if those stood right before the
+        window, however long ago they were. Differs only where something has been evicted."""
+        return positions.clamp(max=self.span - 1)
+
 
 class View(Protocol):
     """The keys and values of one layer."""
@@ -61,8 +71,15 @@ class View(Protocol):
     def window(self) -> Window | None:
         """What queries may see of it at most; None for everything."""
 
+    @property
+    def num_rows(self) -> int:
+        """Sequences."""
+
     def tiles(self) -> "Iterator[KVView]":
         """Disjoint parts that together hold every key, each valid until the next is asked for."""
+
+    def rows(self, index: torch.Tensor) -> "View":
+        """The same of some of the sequences, int64 [n]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,9 +103,19 @@ class KVView:
         """All of it may be seen."""
         return None
 
+    @property
+    def num_rows(self) -> int:
+        """Sequences."""
+        return self.keys.shape[0]
+
     def tiles(self) -> "Iterator[KVView]":
         """Itself: it is one tile."""
         yield self
+
+    def rows(self, index: torch.Tensor) -> "KVView":
+        """The same of some of the sequences; copies them."""
+        positions = None if self.positions is None else self.positions[index]
+        return KVView(self.keys[index], self.values[index], positions)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,10 +125,19 @@ class JoinedView:
     window: Window | None
     parts: tuple[View, ...]
 
+    @property
+    def num_rows(self) -> int:
+        """Sequences."""
+        return self.parts[0].num_rows
+
     def tiles(self) -> Iterator[KVView]:
         """The tiles of each part in turn."""
         for part in self.parts:
             yield from part.tiles()
+
+    def rows(self, index: torch.Tensor) -> "JoinedView":
+        """The same of some of the sequences."""
+        return JoinedView(self.window, tuple(part.rows(index) for part in self.parts))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +165,10 @@ class KVCache(Protocol):
     def next_positions(self) -> torch.Tensor | None:
         """int64 [B]: where each sequence goes on, one after its last position; None where slot j
         holds position j throughout, in one tile, so that attention needs no positions."""
+
+    @property
+    def window(self) -> Window | None:
+        """What it keeps of a stream; None for everything."""
 
     @property
     def nbytes(self) -> int:

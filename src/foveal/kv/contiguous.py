@@ -72,6 +72,10 @@ class ContiguousCache:
         return None if self.positions is None or not self._length else self.positions.amax(1) + 1
 
     @property
+    def window(self) -> None:
+        """It keeps everything."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
         return sum(t.nbytes for t in (*self._keys, *self._values))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from foveal.core.errors import ArgumentError
 from foveal.kv.cache import CacheShape, KVView, Window
 from foveal.kv.formats import Format, Stored, parse_format
 from foveal.kv.pages import PagePool
@@ -124,6 +125,26 @@ class PagedView:
     lengths: torch.Tensor
     """int64 [N]: slots of positions at or beyond this hold nothing."""
     window: Window | None = None
+
+    def __post_init__(self) -> None:
+        if self.table.ndim != 2:
+            raise ArgumentError("table", f"shape {list(self.table.shape)}", "[N, C]")
+        for name, x, shape in (
+            ("starts", self.starts, self.table.shape),
+            ("lengths", self.lengths, self.table.shape[:1]),
+        ):
+            if x.shape != shape:
+                raise ArgumentError(name, f"shape {list(x.shape)}", f"{list(shape)}")
+        if self.table.device.type == "cpu" and self.table.numel():
+            low, high = (int(x) for x in self.table.aminmax())
+            if low < -1 or high >= self.store.pool.num_pages:
+                accepted = f"pages 0 to {self.store.pool.num_pages - 1}, or -1 for none"
+                raise ArgumentError("table", f"numbers from {low} to {high}", accepted)
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.table.shape[0]
 
     def rows(self, index: torch.Tensor) -> "PagedView":
         """The same of some of the sequences, without the columns that these do not have."""
