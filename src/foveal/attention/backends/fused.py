@@ -23,7 +23,7 @@ import math
 import torch
 
 from foveal.attention import cost
-from foveal.attention.mask import Sight, Visibility, num_visible
+from foveal.attention.mask import Sight, Visibility, cut, num_visible
 from foveal.attention.operands import Operands
 from foveal.attention.spec import Approximation, AttentionSpec
 from foveal.attention.workload import Workload
@@ -37,6 +37,10 @@ _TILE_KEYS = 512
 """Keys of a tile inside the CPU kernel."""
 _MASK_CALLS = 12
 """Operators that building a mask and repairing the hidden rows launches."""
+_MASK_ROWS = 128
+"""Rows of a mask that are made at a time."""
+_POSITION_BYTES = 11
+"""Per pair of these rows: the distance in int64 and three booleans."""
 _ALIGNMENT = 16
 """Elements to which the CUDA kernel wants the rows of a mask padded."""
 _CUDA_HEAD_DIM = 256
@@ -113,8 +117,9 @@ class Fused:
         out, lse = out.reshape(q.shape), lse.reshape(q.shape[:-1])
         if mask is not None:
             nothing = mask.amax(-1) == -math.inf
-            out = out.masked_fill(nothing.unsqueeze(-1), 0.0)
-            lse = lse.masked_fill(nothing, -math.inf)
+            if nothing.any():
+                out = out.masked_fill(nothing.unsqueeze(-1), 0.0)
+                lse = lse.masked_fill(nothing, -math.inf)
         return out, lse
 
 
@@ -138,40 +143,56 @@ def _mask_of(
 ) -> tuple[bool, torch.Tensor | None]:
     """Whether the kernel's causal mask is used, and the additive mask if one is needed.
 
-    The mask is [B or 1, H or 1, Lq or 1, Lk]; in q's dtype if it only hides, in the accumulating
+    The mask is [B or 1, H or 1, Lq, Lk]; in q's dtype if it only hides, in the accumulating
     dtype if it also adds.
     """
     visibility = Visibility.of(spec, q, k, operands)
-    adds = spec.alibi is not None or operands.bias is not None
-    if operands.mask is None and not adds:
+    if operands.mask is None and operands.bias is None and spec.alibi is None:
         if visibility.whole() is Sight.FULL:
             return False, None
         moved = visibility.q_given is not None or visibility.kv_given is not None
         if not moved and _is_plain(spec, q.shape[2], k.shape[2]):
             return spec.causal and q.shape[2] > 1, None
-    seen = visibility.dense()
-    if operands.mask is not None:
-        seen = seen & operands.mask
+    return False, _build_mask(q, visibility, operands)
+
+
+def _build_mask(q: torch.Tensor, visibility: Visibility, operands: Operands) -> torch.Tensor:
+    """The additive mask, made some rows at a time, as what it is made from is wider than it is."""
+    alibi = visibility.spec.alibi
+    beside = [x for x in (operands.mask, operands.bias) if x is not None]
+    adds = alibi is not None or operands.bias is not None
     dtype = accumulate_dtype(q.dtype) if adds else q.dtype
-    mask = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -math.inf)
-    if spec.alibi is not None:
-        slopes = torch.tensor(spec.alibi, dtype=dtype, device=q.device)[:, None, None]
-        mask = mask + slopes * visibility.distances()
-    if operands.bias is not None:
-        mask = mask + operands.bias.detach().to(dtype)
-    return False, mask
+    some = visibility.dense(slice(0, 1), slice(0, 1)).shape
+    heads = 1 if alibi is None else len(alibi)
+    sizes = (some[0], heads, visibility.q_len, visibility.kv_len)
+    shape = torch.broadcast_shapes(sizes, *(x.shape for x in beside))  # type: ignore[no-untyped-call]
+    mask = q.new_zeros(shape, dtype=dtype)
+    for start in range(0, visibility.q_len, _MASK_ROWS):
+        rows = slice(start, min(start + _MASK_ROWS, visibility.q_len))
+        part, seen = mask[:, :, rows], visibility.dense(rows)
+        if operands.mask is not None:
+            seen = seen & cut(operands.mask, rows, slice(None))
+        part.masked_fill_(~seen, -math.inf)
+        if alibi is not None:
+            slopes = torch.tensor(alibi, dtype=dtype, device=q.device)[:, None, None]
+            part += slopes * visibility.distances(rows)
+        if operands.bias is not None:
+            part += cut(operands.bias.detach(), rows, slice(None)).to(dtype)
+    return mask
 
 
 def _mask_bytes(spec: AttentionSpec, workload: Workload) -> int:
-    """The additive mask and the largest of what it is made from, at their widest."""
-    pairs = workload.q_len * workload.kv_len
+    """The additive mask, and what some of its rows are made from. A mask or a bias counts as one
+    per sequence and head, as a workload does not tell how far they are shared."""
     adds = spec.alibi is not None or "bias" in workload.operands
-    if workload.operands & _HIDING:
-        pairs *= workload.batch
-    if adds or "mask" in workload.operands:
-        pairs *= spec.num_heads
-    size = (accumulate_dtype(workload.dtype) if adds else workload.dtype).itemsize
-    return pairs * (2 * size if adds else size + 2)
+    batch = workload.batch if workload.operands & _HIDING else 1
+    heads = spec.num_heads if adds or "mask" in workload.operands else 1
+    widest = accumulate_dtype(workload.dtype).itemsize
+    size = widest if adds else workload.dtype.itemsize
+    row = workload.kv_len * batch * (_POSITION_BYTES + heads * (widest if adds else 1))
+    return workload.q_len * workload.kv_len * batch * heads * size + row * min(
+        _MASK_ROWS, workload.q_len
+    )
 
 
 def _tile_rows(q_len: int) -> int:
