@@ -21,6 +21,7 @@ def resident() -> None:
 @pytest.mark.usefixtures("resident")
 @pytest.mark.parametrize("mebibytes", [8, 24, 64])
 def test_known_temporary_is_seen_within_five_percent(mebibytes: int) -> None:
+    temporary(mebibytes)
     peak = memory.peak_memory(lambda: temporary(mebibytes))
     assert peak.num_bytes == pytest.approx(mebibytes * MIB, rel=0.05)
 

@@ -125,7 +125,7 @@ def _figures(record: Record) -> list[str]:
         f"{m.spread_s / 2 / m.median_s:.0%}",
         f"{record.cell.rate(m.median_s) / 1e9:.3g}",
         f"{m.fraction_of_limit:.1%}",
-        f"{m.peak_bytes / 2**20:.1f}",
+        f"{m.peak_bytes / 2**20:.3g}",
         str(m.launches),
         _error(m),
     ]
