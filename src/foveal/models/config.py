@@ -94,6 +94,17 @@ class ModelConfig:
         scaling = None if self.rope is None else self.rope.scaling
         return scaling.original_length if isinstance(scaling, LongScaling) else None
 
+    @property
+    def stream_refusal(self) -> str | None:
+        """Why this model cannot read a stream longer than its context; None if it can."""
+        if self.rope is None:
+            return f"it has {self.max_positions} learned positions, and none beyond them"
+        for rope in (self.rope, self.window_rope):
+            if rope is not None and rope.scaling.length_dependent:
+                kind = type(rope.scaling).__name__
+                return f"its rotary frequencies change with the length of the text ({kind})"
+        return None
+
     def window(self, layer: int) -> int | None:
         """How many keys a query of this layer sees, its own included; None is all."""
         return self.windows[layer] if self.windows else None

@@ -6,6 +6,7 @@ because attention is fastest where it knows the mask in closed form.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -171,7 +172,17 @@ class Decoder(nn.Module):
         if positions.numel() and any(rope.scaling.length_dependent for rope in ropes):
             length = int(positions.max()) + 1
             self._check_restart(length, cache)
-        return {rope: Rotation.at(rope, positions, length, dtype) for rope in ropes}
+        rotations = {rope: Rotation.at(rope, positions, length, dtype) for rope in ropes}
+        window = None if cache is None else cache.window
+        if cache is None or window is None or not window.sinks:
+            return rotations
+        if cache.length + positions.shape[1] <= window.span:
+            return rotations  # nothing is evicted yet
+        seen = window.from_sinks(positions)
+        return {
+            rope: replace(rotation, sinks=Rotation.at(rope, seen, length, dtype))
+            for rope, rotation in rotations.items()
+        }
 
     def _check_restart(self, length: int, cache: KVCache | None) -> None:
         """Refuse to mix keys that were rotated for short sequences with those for long ones."""
