@@ -20,9 +20,8 @@ SHAPE = CacheShape(num_layers=2, batch=1, num_kv_heads=2, head_dim=8, value_dim=
 
 
 def spec(**fields) -> AttentionSpec:
-    return AttentionSpec(
-        num_heads=4, num_kv_heads=2, head_dim=8, value_dim=6, causal=True, **fields
-    )
+    fields = {"causal": True, **fields}
+    return AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=6, **fields)
 
 
 SPECS = [
@@ -32,6 +31,7 @@ SPECS = [
     spec(chunk=7),
     spec(softcap=2.0, scale=0.5),
     spec(alibi=alibi_slopes(4)),
+    spec(causal=False),
 ]
 
 

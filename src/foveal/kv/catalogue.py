@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from foveal.kv.cache import CacheShape, KVCache, Window
 from foveal.kv.contiguous import ContiguousCache
 from foveal.kv.paged import PagedCache
+from foveal.kv.quantised import QuantisedCache
 from foveal.kv.ring import RingCache
 from foveal.kv.store import PageStore
 
@@ -45,6 +46,20 @@ def _paged(page_size: int, window: Window | None = None, format: str = "float32"
     return CacheKind(name=name, make=make, window=window, error=error)
 
 
+def _quantised(
+    key_format: str, value_format: str, error: float, window: Window | None = None
+) -> CacheKind:
+    def make(shape: CacheShape, tokens: int) -> QuantisedCache:
+        recent = PageStore(shape, 2 * shape.batch * tokens // 4, 4)
+        old = PageStore(shape, tokens, 4, key_format=key_format, value_format=value_format)
+        return QuantisedCache(PagedCache(recent, window=window), old, num_recent=6)
+
+    name = f"pages of 4, all but 6 tokens in {key_format} and {value_format}"
+    if window is not None:
+        name += f", window of {window.size} and {window.sinks} sinks"
+    return CacheKind(name=name, make=make, window=window, error=error)
+
+
 CACHES: tuple[CacheKind, ...] = (
     CacheKind(name="contiguous", make=lambda shape, tokens: ContiguousCache(shape)),
     CacheKind(
@@ -61,4 +76,8 @@ CACHES: tuple[CacheKind, ...] = (
     _paged(3, Window(7, 4)),
     _paged(4, format="bfloat16"),
     _paged(4, format="int8"),
+    _quantised("int8", "int8", 1 / 254),
+    _quantised("int8-channel", "int8", 1 / 254, Window(12, 2)),
+    _quantised("int4-channel", "int4", 1 / 15),
+    _quantised("float32", "float32", 0.0, Window(12, 2)),
 )

@@ -116,20 +116,37 @@ class PagedCache:
 
     def truncate(self, length: int) -> None:
         """Forget every slot from `length` on, if the window before it is still there."""
+        ends = self.ends_at(length)
+        self._slots.truncate(length)
+        self._written = 0
+        self._release_beyond()
+        for table, end in zip(self.tables, ends, strict=True):
+            del table.digests[end // self.store.page_size :]
+
+    def ends_at(self, length: int) -> list[int]:
+        """Where each sequence ends once truncated to `length` slots; raises as `truncate`."""
         if not 0 <= length <= self.length:
             raise ArgumentError("length", length, f"0 to the cache's length {self.length}")
-        tokens = self._slots.tokens_before(length).tolist()
+        tokens: list[int] = self._slots.tokens_before(length).tolist()
         for table, end, now in zip(self.tables, tokens, self._slots.next.tolist(), strict=True):
             if self.window is not None and end < now:
                 first = end - self.window.size + 1
                 if table.evicted > max(first, 0):
                     accepted = f"the length {self.length}, or one whose window is not evicted yet"
                     raise ArgumentError("length", length, accepted)
-        self._slots.truncate(length)
-        self._written = 0
-        self._release_beyond()
-        for table, end in zip(self.tables, tokens, strict=True):
-            del table.digests[end // self.store.page_size :]
+        return tokens
+
+    def give_up(self, row: int, part: int) -> None:
+        """Give the page of one part of a sequence back; whoever calls keeps what it holds."""
+        self.store.pool.release([self.tables[row].pages.pop(part)])
+
+    def take_back(self, row: int, part: int) -> int:
+        """A full page for a part that had been given up; whoever calls writes it."""
+        (page,) = self.store.pool.allocate()
+        self.store.pool.fill(page, self.store.page_size)
+        table = self.tables[row]
+        table.pages = dict(sorted([*table.pages.items(), (part, page)]))
+        return page
 
     def fork(self) -> Self:
         """A cache that shares every page until one of the two writes to it."""
@@ -228,7 +245,9 @@ class PagedCache:
         rows = zip(self.tables, step.tolist(), strict=True)
         pages = [table.pages[p // size] for table, row in rows for p in row if p >= 0]
         self._pages = torch.tensor(pages, dtype=torch.int64, device=self.store.device)
-        self._view = self._whole_view(ends)
+        self._view = PagedView.of(
+            self.store, [table.pages for table in self.tables], ends, self.dtype, self.window
+        )
 
     def _secure(self, table: PageTable, start: int, end: int) -> None:
         """Make positions start .. end - 1 of one sequence writable."""
@@ -241,31 +260,6 @@ class PagedCache:
                 self.store.copy(page, fresh)
         parts = range(-(-start // size), -(-end // size))
         table.pages.update(zip(parts, pool.allocate(len(parts)), strict=True))
-
-    def _whole_view(self, ends: list[int]) -> PagedView:
-        num_columns = max(len(table.pages) for table in self.tables)
-        columns = [
-            (
-                [*pages, *[-1] * (num_columns - len(pages))],
-                [*parts, *[0] * (num_columns - len(parts))],
-            )
-            for parts, pages in ((list(t.pages), list(t.pages.values())) for t in self.tables)
-        ]
-        table, parts = (
-            torch.tensor(rows, dtype=torch.int64, device=self.store.device).reshape(
-                self.shape.batch, num_columns
-            )
-            for rows in zip(*columns, strict=True)
-        )
-        return PagedView(
-            store=self.store,
-            layer=0,
-            dtype=self.dtype,
-            table=table,
-            starts=parts * self.store.page_size,
-            lengths=torch.tensor(ends, device=self.store.device),
-            window=self.window,
-        )
 
     def _finish(self) -> None:
         """Count the step, and give up the pages that no later query may see."""

@@ -5,7 +5,7 @@ numbers. Memory is allocated once; a page takes the same bytes whoever holds it.
 tables together with the store, as attention takes them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -140,6 +140,33 @@ class PagedView:
             if low < -1 or high >= self.store.pool.num_pages:
                 accepted = f"pages 0 to {self.store.pool.num_pages - 1}, or -1 for none"
                 raise ArgumentError("table", f"numbers from {low} to {high}", accepted)
+
+    @classmethod
+    def of(
+        cls,
+        store: PageStore,
+        tables: Sequence[Mapping[int, int]],
+        lengths: list[int],
+        dtype: torch.dtype,
+        window: Window | None,
+    ) -> "PagedView":
+        """Layer 0 of sequences of these lengths, each of which has some parts (position // S) in
+        some pages."""
+        num_columns = max(len(table) for table in tables)
+        pages = torch.full((len(tables), num_columns), -1)
+        parts = torch.zeros_like(pages)
+        for row, table in enumerate(tables):
+            pages[row, : len(table)] = torch.tensor(list(table.values()), dtype=torch.int64)
+            parts[row, : len(table)] = torch.tensor(list(table), dtype=torch.int64)
+        return cls(
+            store=store,
+            layer=0,
+            dtype=dtype,
+            table=pages.to(store.device),
+            starts=(parts * store.page_size).to(store.device),
+            lengths=torch.tensor(lengths, device=store.device),
+            window=window,
+        )
 
     @property
     def num_rows(self) -> int:

@@ -1,0 +1,154 @@
+"""`QuantisedCache`: what is recent in full precision, what is old in few bits.
+
+Wraps a paged cache. Once every token of a page lies further back than the recent part, the page is
+encoded into a second store, scales and all, and the paged cache gives its page up; nothing is ever
+encoded twice. The sinks of a window stay in full precision: every query reads them, and they hold
+the largest keys (Xiao et al. 2024; the recent part is as in KIVI, Liu et al. 2024). When the second
+store is full, pages stay where they are until the first is full, too.
+"""
+
+from dataclasses import replace
+from typing import Self
+
+import torch
+
+from foveal.core.errors import ArgumentError
+from foveal.kv.cache import CacheStats, JoinedView, Window
+from foveal.kv.paged import PagedCache
+from foveal.kv.store import PagedView, PageStore
+
+
+class QuantisedCache:
+    """A paged cache whose old pages are in another store. Implements `KVCache`."""
+
+    def __init__(self, cache: PagedCache, store: PageStore, *, num_recent: int) -> None:
+        """`cache`, empty, belongs to the wrapper from now on. Its last `num_recent` tokens of each
+        sequence stay as they are; older pages go to `store`, in the formats of that."""
+        if num_recent < 0:
+            raise ArgumentError("num_recent", num_recent, "an integer of at least 0")
+        if store.page_size != cache.store.page_size:
+            accepted = f"pages of {cache.store.page_size} tokens, as in the cache"
+            raise ArgumentError("store", f"pages of {store.page_size}", accepted)
+        if cache.length:
+            raise ArgumentError("cache", f"length {cache.length}", "an empty cache")
+        self.store = store
+        self.num_recent = num_recent
+        self._recent = cache
+        self._old: list[dict[int, int]] = [{} for _ in cache.tables]
+        """Of each sequence, which part is in which page of `store`."""
+
+    @property
+    def length(self) -> int:
+        """Slots so far, evicted ones included."""
+        return self._recent.length
+
+    @property
+    def next_positions(self) -> torch.Tensor:
+        """int64 [B]."""
+        return self._recent.next_positions
+
+    @property
+    def window(self) -> Window | None:
+        """What the wrapped cache keeps."""
+        return self._recent.window
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both stores, which other caches may share."""
+        return self._recent.nbytes + self.store.nbytes
+
+    @property
+    def stats(self) -> CacheStats:
+        """Counts for reports; a page that several sequences share counts once."""
+        recent, pool = self._recent.stats, self.store.pool
+        held = {page for pages in self._old for page in pages.values()}
+        return replace(
+            recent,
+            capacity=recent.capacity + pool.num_pages * pool.page_size,
+            used_bytes=recent.used_bytes + len(held) * self.store.page_bytes,
+            allocated_bytes=self.nbytes,
+        )
+
+    def append(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> JoinedView:
+        """Store the keys and values of one layer; see `PagedCache.append`."""
+        recent = self._recent.append(layer, k, v, positions)
+        if layer == 0:
+            ends = recent.lengths.tolist()
+            self._view = PagedView.of(self.store, self._old, ends, recent.dtype, self.window)
+        if layer == recent.store.shape.num_layers - 1:
+            self._encode()
+            self._evict()  # after it, because attention is yet to read what is evicted
+        return JoinedView(self.window, (replace(self._view, layer=layer), recent))
+
+    def truncate(self, length: int) -> None:
+        """Forget every slot from `length` on. A page that ends in the middle is decoded."""
+        ends, size = self._recent.ends_at(length), self.store.page_size
+        for row, (pages, end) in enumerate(zip(self._old, ends, strict=True)):
+            if end % size and end // size in pages:
+                self._decode(row, end // size)
+            gone = [part for part in pages if part * size >= end]
+            self.store.pool.release([pages.pop(part) for part in gone])
+        self._recent.truncate(length)
+
+    def fork(self) -> Self:
+        """A cache that shares every page until one of the two writes to it."""
+        other = type(self).__new__(type(self))
+        other.store, other.num_recent = self.store, self.num_recent
+        other._recent = self._recent.fork()
+        for pages in self._old:
+            self.store.pool.share(pages.values())
+        other._old = [dict(pages) for pages in self._old]
+        return other
+
+    def reset(self) -> None:
+        """Forget everything and give the pages back."""
+        for pages in self._old:
+            self.store.pool.release(list(pages.values()))
+            pages.clear()
+        self._recent.reset()
+
+    def _encode(self) -> None:
+        """Move every page that has become old."""
+        size, source = self.store.page_size, self._recent.store
+        sinks = 0 if self.window is None else self.window.sinks
+        ends = self.next_positions.tolist()
+        due = [
+            (row, part)
+            for row, (table, end) in enumerate(zip(self._recent.tables, ends, strict=True))
+            for part in table.pages
+            if part * size >= sinks and (part + 1) * size <= end - self.num_recent
+        ][: self.store.pool.num_available]
+        if not due:
+            return
+        wide = torch.tensor([self._recent.tables[row].pages[part] for row, part in due])
+        coded = self.store.pool.allocate(len(due))
+        for layer in range(source.shape.num_layers):
+            k, v = source.read(layer, wide.to(source.device), self._recent.dtype)
+            self.store.write_pages(layer, torch.tensor(coded, device=self.store.device), k, v)
+        for (row, part), page in zip(due, coded, strict=True):
+            self.store.pool.fill(page, size)
+            self._recent.give_up(row, part)
+            self._old[row][part] = page
+
+    def _evict(self) -> None:
+        """Give up pages that the window has passed."""
+        if self.window is None:
+            return
+        size = self.store.page_size
+        for row, end in enumerate(self.next_positions.tolist()):
+            first, pages = end - self.window.size + 1, self._old[row]
+            for part in [part for part in pages if (part + 1) * size <= first]:
+                self.store.pool.release([pages.pop(part)])
+                table = self._recent.tables[row]
+                table.evicted = max(table.evicted, (part + 1) * size)
+
+    def _decode(self, row: int, part: int) -> None:
+        """Move a page back to the recent part, rounded as it is."""
+        coded = torch.tensor([self._old[row][part]], device=self.store.device)
+        target = self._recent.store
+        wide = torch.tensor([self._recent.take_back(row, part)], device=target.device)
+        for layer in range(target.shape.num_layers):
+            target.write_pages(layer, wide, *self.store.read(layer, coded, self._recent.dtype))
+        self.store.pool.release([self._old[row].pop(part)])
