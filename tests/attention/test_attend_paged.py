@@ -39,9 +39,9 @@ def fill(store: PageStore, rng: torch.Generator) -> None:
     """Write something into every page but 0, which holds what must never be seen."""
     pages, size = torch.arange(1, store.pool.num_pages), store.page_size
     for layer in range(2):
-        k, v = (torch.randn(len(pages), 2, size, dim, generator=rng) for dim in (8, 6))
+        k, v = (torch.randn(2, len(pages), size, dim, generator=rng) for dim in (8, 6))
         store.write_pages(layer, pages, k, v)
-        store.write_pages(layer, torch.tensor([0]), k[:1] * torch.nan, v[:1] * torch.nan)
+        store.write_pages(layer, torch.tensor([0]), k[:, :1] * torch.nan, v[:, :1] * torch.nan)
 
 
 @dataclass
@@ -87,9 +87,10 @@ class Batch:
         """Keys and values of one sequence, decoded and put in order: [1, Hkv, length, D]."""
         used = self.view.table[row] >= 0
         order = self.view.starts[row][used].argsort()
-        k, v = self.view.store.read(1, self.view.table[row][used][order], torch.float32)
-        length = int(self.view.lengths[row])
-        return tuple(x.transpose(0, 1).flatten(1, 2)[None, :, :length] for x in (k, v))
+        store, length = self.view.store, int(self.view.lengths[row])
+        with store.arena.frame():
+            pages = store.read(1, self.view.table[row][used][order], torch.float32)
+            return tuple(x.flatten(1, 2)[None, :, :length].clone() for x in pages)
 
     def run(self, spec: AttentionSpec, **options) -> tuple[torch.Tensor, torch.Tensor]:
         cu_seqlens = torch.tensor(self.bounds)
@@ -176,3 +177,16 @@ def test_bad_input_is_refused() -> None:
         names = ("table", "starts", "lengths")
         with pytest.raises(ArgumentError, match=message):
             PagedView(**fields, **dict(zip(names, tensors, strict=True)))
+
+
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4-channel"])
+def test_gathering_pages_allocates_nothing_once_warm(format: str) -> None:
+    store = PageStore(SHAPE, 64, 16, key_format=format, value_format=format)
+    batch = Batch.draw(store, [(1, 2000), (1, 1500)], 0)
+    batch.run(spec())
+    warm = store.arena.stats
+    for _ in range(3):
+        batch.run(spec())
+    after = store.arena.stats
+    assert after.requests > warm.requests
+    assert (after.allocations, after.nbytes) == (warm.allocations, warm.nbytes)

@@ -34,7 +34,7 @@ def feed(cache: QuantisedCache, x: torch.Tensor) -> dict[int, tuple[torch.Tensor
     for tile in view.tiles():
         for slot, position in enumerate(tile.positions[0].tolist()):
             if position >= 0:
-                seen[position] = (tile.keys[0, 0, slot], tile.values[0, 1, slot])
+                seen[position] = (tile.keys[0, 0, slot].clone(), tile.values[0, 1, slot].clone())
     return seen
 
 

@@ -21,6 +21,7 @@ from typing import Self
 import torch
 
 from foveal.core.errors import ArgumentError
+from foveal.kv.arena import Arena
 
 
 class Scales(Enum):
@@ -52,9 +53,9 @@ class Stored:
         """Bytes of all of it."""
         return sum(t.nbytes for t in self.tensors)
 
-    def __getitem__(self, index: torch.Tensor) -> Self:
-        """The same of some of the leading index."""
-        return type(self)(*(t[index] for t in self.tensors))
+    def select(self, pages: torch.Tensor, arena: Arena) -> Self:
+        """Pages [n] of dimension 1, copied next to each other into scratch memory."""
+        return type(self)(*(_select(tensor, pages, arena) for tensor in self.tensors))
 
     def put(self, index: tuple[torch.Tensor | slice, ...], other: Self) -> None:
         """Write `other` at some indices."""
@@ -108,15 +109,25 @@ class Format:
         first, second = codes.chunk(2, dim=-1)
         return Stored(first | second << 4, scale, low)
 
-    def decode(self, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
-        """[..., S, D] in `dtype`."""
-        codes = stored.codes
-        if stored.scale is None:
-            return codes.to(dtype)
-        if stored.low is None:
-            return (codes * stored.scale).to(dtype)
-        codes = torch.cat([codes & 15, codes >> 4], dim=-1)
-        return torch.addcmul(stored.low, codes, stored.scale).to(dtype)
+    def decode(
+        self, stored: Stored, dtype: torch.dtype, arena: Arena | None = None
+    ) -> torch.Tensor:
+        """[..., S, D] in `dtype`, rounded once; in scratch memory if an arena is given."""
+        codes, scale, low = stored.codes, stored.scale, stored.low
+        if scale is None and codes.dtype == dtype:
+            return codes
+        shape = (*codes.shape[:-1], codes.shape[-1] * (2 if low is not None else 1))
+        out = codes.new_empty(shape, dtype=dtype) if arena is None else arena.take(shape, dtype)
+        if scale is None:
+            return out.copy_(codes)
+        if low is None:
+            return torch.mul(codes, scale, out=out)
+        half = codes.shape[-1]
+        for part, nibbles in ((slice(half), codes & 15), (slice(half, None), codes >> 4)):
+            shared = part if scale.shape[-1] > 1 else slice(None)
+            terms = (low[..., shared], nibbles, scale[..., shared])
+            torch.addcmul(*terms, out=out[..., part])
+        return out
 
     def nbytes(self, tokens: int, dim: int) -> int:
         """Bytes of one head of a page, scales included."""
@@ -141,6 +152,11 @@ def parse_format(name: str) -> Format:
         if known.name == name:
             return known
     raise ArgumentError("format", repr(name), ", ".join(known.name for known in FORMATS))
+
+
+def _select(tensor: torch.Tensor, pages: torch.Tensor, arena: Arena) -> torch.Tensor:
+    shape = (tensor.shape[0], pages.shape[0], *tensor.shape[2:])
+    return torch.index_select(tensor, 1, pages, out=arena.take(shape, tensor.dtype))
 
 
 def _steps(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -106,7 +106,7 @@ class PagedCache:
         if layer == 0:
             self._begin(positions, k.shape[2])
         real = self._step >= 0
-        k, v = k.transpose(1, 2)[real], v.transpose(1, 2)[real]
+        k, v = k.transpose(0, 1)[:, real], v.transpose(0, 1)[:, real]
         self.store.write(layer, self._pages, self._step[real] % self.store.page_size, k, v)
         view = replace(self._view, layer=layer)
         self._written = layer + 1

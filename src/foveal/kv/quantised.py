@@ -125,8 +125,9 @@ class QuantisedCache:
         wide = torch.tensor([self._recent.tables[row].pages[part] for row, part in due])
         coded = self.store.pool.allocate(len(due))
         for layer in range(source.shape.num_layers):
-            k, v = source.read(layer, wide.to(source.device), self._recent.dtype)
-            self.store.write_pages(layer, torch.tensor(coded, device=self.store.device), k, v)
+            with source.arena.frame():
+                k, v = source.read(layer, wide.to(source.device), self._recent.dtype)
+                self.store.write_pages(layer, torch.tensor(coded, device=self.store.device), k, v)
         for (row, part), page in zip(due, coded, strict=True):
             self.store.pool.fill(page, size)
             self._recent.give_up(row, part)
@@ -150,5 +151,7 @@ class QuantisedCache:
         target = self._recent.store
         wide = torch.tensor([self._recent.take_back(row, part)], device=target.device)
         for layer in range(target.shape.num_layers):
-            target.write_pages(layer, wide, *self.store.read(layer, coded, self._recent.dtype))
+            with self.store.arena.frame():
+                pages = self.store.read(layer, coded, self._recent.dtype)
+                target.write_pages(layer, wide, *pages)
         self.store.pool.release([self._old[row].pop(part)])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from foveal.core.errors import ArgumentError
+from foveal.kv.arena import Arena
 from foveal.kv.cache import CacheShape, KVView, Window
 from foveal.kv.formats import Format, Stored, parse_format
 from foveal.kv.pages import PagePool
@@ -22,7 +23,11 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
 class PageStore:
-    """Keys [pages, Hkv, S, D] and values [pages, Hkv, S, Dv] of every layer, as stored."""
+    """Keys [Hkv, pages, S, D] and values [Hkv, pages, S, Dv] of every layer, as stored.
+
+    Heads come first so that the pages of a sequence, gathered, are the keys that attention takes
+    without another copy.
+    """
 
     def __init__(
         self,
@@ -38,6 +43,8 @@ class PageStore:
         self.shape = shape
         self.pool = PagePool(num_pages, page_size)
         self.formats = (parse_format(key_format), parse_format(value_format))
+        self.arena = Arena(device)
+        """For what `read` gathers and decodes."""
         layers = range(shape.num_layers)
         self._keys = [self._empty(0, shape.head_dim, device) for _ in layers]
         self._values = [self._empty(1, shape.value_dim, device) for _ in layers]
@@ -65,25 +72,28 @@ class PageStore:
     def write(
         self, layer: int, pages: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> None:
-        """Store n tokens, k [n, Hkv, D] and v [n, Hkv, Dv], at slots [n] of pages [n].
+        """Store n tokens, k [Hkv, n, D] and v [Hkv, n, Dv], at slots [n] of pages [n].
 
         Not for formats with scales per channel, which store pages as a whole.
         """
         for format, stored, x in self._pairs(layer, k, v):
             token = format.encode(x.unsqueeze(2))
-            stored.put((pages, slice(None), slots), Stored(*(t.squeeze(2) for t in token.tensors)))
+            stored.put((slice(None), pages, slots), Stored(*(t.squeeze(2) for t in token.tensors)))
 
     def write_pages(
         self, layer: int, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> None:
-        """Store n whole pages, k [n, Hkv, S, D] and v [n, Hkv, S, Dv]."""
+        """Store n whole pages, k [Hkv, n, S, D] and v [Hkv, n, S, Dv]."""
         for format, stored, x in self._pairs(layer, k, v):
-            stored.put((pages,), format.encode(x))
+            stored.put((slice(None), pages), format.encode(x))
 
     def read(self, layer: int, pages: torch.Tensor, dtype: torch.dtype) -> KeyValue:
-        """Keys [..., Hkv, S, D] and values [..., Hkv, S, Dv] of pages [...], in `dtype`."""
+        """Keys [Hkv, n, S, D] and values [Hkv, n, S, Dv] of pages [n], in `dtype`.
+
+        They lie in the arena, of which the caller has opened a frame.
+        """
         k, v = (
-            format.decode(stored[pages], dtype)
+            format.decode(stored.select(pages, self.arena), dtype, self.arena)
             for format, stored in zip(
                 self.formats, (self._keys[layer], self._values[layer]), strict=True
             )
@@ -94,7 +104,7 @@ class PageStore:
         """Make one page equal another, in every layer."""
         for stored in (*self._keys, *self._values):
             for tensor in stored.tensors:
-                tensor[target] = tensor[source]
+                tensor[:, target] = tensor[:, source]
 
     def _pairs(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
@@ -106,7 +116,7 @@ class PageStore:
 
     def _empty(self, which: int, size: int, device: torch.device | str) -> Stored:
         heads = self.shape.num_kv_heads
-        shape = (self.pool.num_pages, heads, self.page_size, size)
+        shape = (heads, self.pool.num_pages, self.page_size, size)
         return self.formats[which].empty(shape, device)
 
 
@@ -189,11 +199,12 @@ class PagedView:
         for begin in range(0, self.table.shape[1], num_columns):
             columns = slice(begin, begin + num_columns)
             table, starts = self.table[:, columns], self.starts[:, columns]
-            k, v = self.store.read(self.layer, table.clamp(min=0), self.dtype)
             positions = starts.unsqueeze(2) + offsets
             there = (table >= 0).unsqueeze(2) & (positions < self.lengths[:, None, None])
-            yield KVView(
-                k.transpose(1, 2).flatten(2, 3),
-                v.transpose(1, 2).flatten(2, 3),
-                torch.where(there, positions, -1).flatten(1),
-            )
+            with self.store.arena.frame():
+                pages = table.clamp(min=0).flatten()
+                k, v = (
+                    x.view(len(x), self.num_rows, table.shape[1] * size, -1).transpose(0, 1)
+                    for x in self.store.read(self.layer, pages, self.dtype)
+                )
+                yield KVView(k, v, torch.where(there, positions, -1).flatten(1))
