@@ -10,7 +10,7 @@ cache is one tile; a ring, pages and quantised pages are several, of which one a
 form that attention needs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -197,6 +197,17 @@ class KVCache(Protocol):
 
     def reset(self) -> None:
         """Forget everything; memory stays allocated."""
+
+
+class ResumableCache(KVCache, Protocol):
+    """A cache whose content can be kept elsewhere and put back, to the bit."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that it holds between two steps, as tensors by name; they may share its memory."""
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Hold what `state` was taken of, by a cache made as this one was. Raises
+        `ArgumentError` for the state of another kind of cache."""
 
 
 def check_append(

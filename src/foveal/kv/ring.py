@@ -11,6 +11,7 @@ pads are not stored at all: sinks are the first real tokens, whatever the paddin
 order; attention goes by the positions that the view carries.
 """
 
+from collections.abc import Mapping
 from typing import Self
 
 import torch
@@ -184,6 +185,21 @@ class RingCache:
         other._forget_beyond()
         return other
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Keys and values of each layer, positions and counts; see `ResumableCache.state`."""
+        self._forget_beyond()
+        return {**self._tensors(), **self._slots.state()}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Hold what `state` was taken of; see `ResumableCache.restore`."""
+        for name, tensor in self._tensors().items():
+            if name not in state or state[name].shape != tensor.shape:
+                got = "nothing" if name not in state else f"shape {list(state[name].shape)}"
+                raise ArgumentError(f"state {name}", got, f"{list(tensor.shape)}")
+            tensor.copy_(state[name])
+        self._slots.restore(state)
+        self._written = 0
+
     def reset(self) -> None:
         """Forget everything; memory stays allocated."""
         self._slots = Slots(self.shape.batch, self._held.device)
@@ -193,6 +209,11 @@ class RingCache:
     @property
     def _single(self) -> bool:
         return self._step.shape[1] == 1
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        keys = {f"keys.{layer}": keys for layer, keys in enumerate(self._keys)}
+        values = {f"values.{layer}": values for layer, values in enumerate(self._values)}
+        return {**keys, **values, "held": self._held}
 
     def _begin(self, positions: torch.Tensor | None, num_slots: int) -> None:
         self._chunk, self._written = [], 0

@@ -5,6 +5,8 @@ its tokens: pads take a slot and no position. Positions of a sequence are 0, 1, 
 gap, so the position alone says where a key is stored, padded or not.
 """
 
+from collections.abc import Mapping
+
 import torch
 
 from foveal.core.errors import ArgumentError
@@ -62,6 +64,18 @@ class Slots:
         cut = [(start, pads[:, : max(length - start, 0)]) for start, pads in self._pads]
         self._pads = [(start, pads) for start, pads in cut if pads.any()]
         self.length = length
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All of it as tensors by name, for `restore`."""
+        pads = {f"pads.{start}": pads for start, pads in self._pads}
+        return {"length": torch.tensor(self.length), "next": self.next, **pads}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Become what `state` was taken of; other names in it are left alone."""
+        self.length = int(state["length"])
+        self.next = state["next"].to(self.next.device, copy=True)
+        pads = {int(name[5:]): state[name] for name in state if name.startswith("pads.")}
+        self._pads = [(start, pads[start].to(self.next.device)) for start in sorted(pads)]
 
     def copy(self) -> "Slots":
         """An independent copy."""
