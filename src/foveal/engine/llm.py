@@ -17,7 +17,7 @@ from foveal.attention.workload import Workload
 from foveal.core.dtypes import parse_dtype
 from foveal.core.errors import ArgumentError, RequestError
 from foveal.engine.batch import run_batch
-from foveal.engine.request import Completion, Piece, Request, SamplingParams
+from foveal.engine.request import Completion, Piece, Request, SamplingParams, check_ids
 from foveal.models.bundled import bundled_model
 from foveal.models.hub import locate
 from foveal.models.load import load_model
@@ -157,12 +157,8 @@ class LLM:
                 "that begins a text"
             )
         ids = ids or [self.tokenizer.bos_id or 0]
-        vocab_size = self.model.config.vocab_size
-        for name, given in (("prompt", ids), ("logit_bias", params.logit_bias)):
-            strange = [i for i in given if not 0 <= i < vocab_size]
-            if strange:
-                accepted = f"0 to {vocab_size - 1}"
-                raise RequestError(f"{name}: got token id {strange[0]}; accepted: {accepted}")
+        check_ids("prompt", ids, self.model.config.vocab_size)
+        check_ids("logit_bias", params.logit_bias, self.model.config.vocab_size)
         room = self.context - len(ids)
         if room < 1:
             raise RequestError(

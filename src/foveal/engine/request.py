@@ -1,11 +1,11 @@
 """What a caller asks for and what it gets: `SamplingParams` in, `Completion` out."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from foveal.core.errors import ArgumentError
+from foveal.core.errors import ArgumentError, RequestError
 
 FinishReason = Literal["stop", "length"]
 """stop: an end token, a stop id or a stop string came. length: no more tokens were allowed."""
@@ -154,6 +154,13 @@ class Piece:
     """New text; never half a character, never part of a stop string."""
     completion: Completion | None = None
     """The whole, with the last piece."""
+
+
+def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+    """Raises `RequestError` for a token id outside the vocabulary."""
+    strange = [i for i in ids if not 0 <= i < vocab_size]
+    if strange:
+        raise RequestError(f"{name}: got token id {strange[0]}; accepted: 0 to {vocab_size - 1}")
 
 
 def _check_integer(name: str, value: object, low: int, high: float = math.inf) -> None:

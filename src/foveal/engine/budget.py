@@ -1,0 +1,111 @@
+"""What a stream takes beside the weights: its cache, to the byte, and one step, by estimate.
+
+    step = keys and values of the step, kept aside until its last layer has been written
+         + one layer of the cache, copied for the last layer's queries
+         + activations of one block, at 4 bytes
+         + logits, their float32 copy and its log-softmax
+         + the temporaries of attention, as the chosen backend states them
+
+The cache is counted from the tensors themselves, on the "meta" device, without allocating any.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from foveal.attention.paged import narrow
+from foveal.attention.select import choose
+from foveal.attention.workload import Workload
+from foveal.core.errors import BudgetExceeded
+from foveal.core.units import format_bytes
+from foveal.engine.policy import Policy, Storage
+from foveal.kv.cache import Window
+from foveal.models.decoder import Decoder
+
+LARGEST_STEP = 256
+"""Tokens of a step where nobody says: more make a step of a small model no faster."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes of a stream beside the weights."""
+
+    cache_bytes: int
+    """Allocated once and for ever."""
+    step_bytes: int
+    """Alive at most while a step is computed. An estimate."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Of both."""
+        return self.cache_bytes + self.step_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A stream on one model, priced before it is made."""
+
+    model: Decoder
+    policy: Policy
+    window: Window
+    storage: Storage
+    backend: str = "auto"
+
+    def need(self) -> Need:
+        """What it takes."""
+        meta = replace(self.storage, device=torch.device("meta"))
+        cache_bytes = self.policy.make(self.window, meta).nbytes
+        config, tokens = self.model.config, self.storage.step_tokens
+        spec = narrow(config.spec(0), self.window)
+        workload = Workload(
+            batch=1,
+            q_len=tokens,
+            kv_len=self.window.span,
+            dtype=self.storage.dtype,
+            device=self.storage.device.type,
+            operands=frozenset({"q_positions", "kv_positions"}),
+        )
+        heads = config.num_heads * config.head_dim
+        elements = 6 * config.width + 3 * config.mlp_width + 6 * heads + 3 * config.vocab_size
+        step_bytes = (
+            tokens * self.storage.shape.slot_elements * self.storage.dtype.itemsize
+            + cache_bytes // config.num_layers
+            + tokens * elements * 4
+            + choose(spec, workload, backend=self.backend).chosen.workspace_bytes
+        )
+        return Need(cache_bytes, step_bytes)
+
+    def within(self, memory: int | None, step_tokens: int | None) -> "Stream":
+        """This stream with steps of `step_tokens`, or else the largest that fit `memory` bytes.
+
+        Raises `BudgetExceeded` with the numbers, and with the largest window that would fit.
+        """
+        step = step_tokens or LARGEST_STEP
+        fitted = self._with(self.window.size, step)
+        while memory is not None and fitted.need().total_bytes > memory:
+            if step_tokens or step == 1:
+                raise fitted._refusal(memory)
+            step //= 2
+            fitted = self._with(self.window.size, step)
+        return fitted
+
+    def _with(self, size: int, step_tokens: int) -> "Stream":
+        storage = replace(self.storage, step_tokens=step_tokens)
+        return replace(self, window=Window(size, self.window.sinks), storage=storage)
+
+    def _refusal(self, memory: int) -> BudgetExceeded:
+        need, steps = self.need(), self.storage.step_tokens
+        low, high = max(1, self.window.sinks), self.window.size
+        remedy = "no window fits, however small"
+        if self._with(low, steps).need().total_bytes <= memory:
+            while high - low > 1:
+                middle = (low + high) // 2
+                fits = self._with(middle, steps).need().total_bytes <= memory
+                low, high = (middle, high) if fits else (low, middle)
+            remedy = f"the largest window that fits is {low}"
+        what = (
+            f"a stream with a window of {self.window.size}, {self.window.sinks} sinks and steps of "
+            f"{steps} in {self.storage.format} takes {format_bytes(need.total_bytes)}; {remedy}"
+        )
+        needed = {"cache": need.cache_bytes, "step (estimate)": need.step_bytes}
+        return BudgetExceeded(what, memory, needed)

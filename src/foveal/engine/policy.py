@@ -1,0 +1,84 @@
+"""Window policies: what a stream remembers, where it is kept, and what that costs.
+
+A policy is one entry of `POLICIES`. It makes the cache, and the cache says the rest: which keys a
+query may see (`Window`) and how many bytes they take. Bytes are counted on PyTorch's "meta"
+device, that is from the very tensors that would be allocated, before any of them is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from foveal.core.dtypes import dtype_name
+from foveal.core.errors import ArgumentError
+from foveal.kv.cache import CacheShape, ResumableCache, Window
+from foveal.kv.ring import RingCache
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Storage:
+    """How a policy is to keep keys and values."""
+
+    shape: CacheShape
+    dtype: torch.dtype
+    """In which the model computes them."""
+    format: str
+    """In which they are stored."""
+    device: torch.device
+    step_tokens: int
+    """Most tokens that come at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """One way to remember."""
+
+    name: str
+    keeps: str
+    costs: str
+    sinks: int
+    """First tokens that are kept unless told otherwise."""
+    most_sinks: int | None
+    """None for as many as fit the window."""
+    make: Callable[[Window, Storage], ResumableCache]
+
+    def window(self, size: int, sinks: int) -> Window:
+        """What is kept. Raises `ArgumentError` where the policy, or a window, cannot be so."""
+        if self.most_sinks is not None and sinks > self.most_sinks:
+            raise ArgumentError("sinks", sinks, f"{self.most_sinks} with policy {self.name!r}")
+        return Window(size, sinks)
+
+
+def _ring(window: Window, storage: Storage) -> RingCache:
+    if storage.format != dtype_name(storage.dtype):
+        raise ArgumentError("kv", repr(storage.format), f"{dtype_name(storage.dtype)!r}")
+    return RingCache(storage.shape, window, dtype=storage.dtype, device=storage.device)
+
+
+POLICIES: tuple[Policy, ...] = (
+    Policy(
+        name="sinks",
+        keeps="the first tokens (sinks) and the last ones (window)",
+        costs="(sinks + window) keys and values; what lies between is forgotten",
+        sinks=4,
+        most_sinks=None,
+        make=_ring,
+    ),
+    Policy(
+        name="window",
+        keeps="the last tokens (window)",
+        costs="window keys and values; the loss leaps once the first token has left it",
+        sinks=0,
+        most_sinks=0,
+        make=_ring,
+    ),
+)
+
+
+def find_policy(name: str) -> Policy:
+    """The policy of this name. Raises `ArgumentError` if there is none."""
+    for policy in POLICIES:
+        if policy.name == name:
+            return policy
+    raise ArgumentError("policy", repr(name), ", ".join(policy.name for policy in POLICIES))

@@ -1,0 +1,289 @@
+"""`Session`: one stream of tokens without end through a model, in memory of a fixed size.
+
+    session = Session(LLM(), window=508, memory=200 * 2**20)
+    bits = session.feed(text)               # the surprise of each token
+    print(session.generate().text)          # what the model would go on with
+    session.save("stream.state")            # and Session.load goes on, to the bit
+
+The policy says what is remembered. Tokens are computed in steps of at most `chunk`; how a text
+falls into steps changes results by rounding only, because every query sees just what the policy
+promises, in a step of any size.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+
+from foveal.core.dtypes import dtype_name
+from foveal.core.errors import ArgumentError, ConfigError, RequestError
+from foveal.engine import state
+from foveal.engine.answer import Answer
+from foveal.engine.budget import Need, Stream
+from foveal.engine.llm import LLM
+from foveal.engine.policy import Storage, find_policy
+from foveal.engine.request import Completion, Piece, Request, SamplingParams, check_ids
+from foveal.engine.sampler import Draw, report, sample
+from foveal.kv.cache import CacheStats
+from foveal.models.decoder import Decoder
+from foveal.models.fingerprint import fingerprint
+from foveal.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionConfig:
+    """How a session remembers; what a saved state is taken up with."""
+
+    policy: str
+    window: int
+    """Last tokens that are kept, a query's own included."""
+    sinks: int
+    """First tokens that are kept."""
+    kv: str
+    """Storage format of keys and values."""
+    memory: int | None
+    """Bytes that cache and step may take, beside the weights."""
+    chunk: int
+    """Tokens of a step at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionStats:
+    """A session at one moment."""
+
+    num_tokens: int
+    """Taken in so far, the begin token and what was generated included."""
+    num_forgotten: int
+    bits_per_token: float | None
+    """Mean surprise of the tokens given to `feed`; None before the first that was predicted."""
+    cache: CacheStats
+    need: Need
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the cache's bytes that hold something."""
+        return self.cache.used_bytes / self.cache.allocated_bytes
+
+
+class Session:
+    """A stream on one model. Not for use by several threads at once."""
+
+    def __init__(
+        self,
+        model: Decoder | LLM,
+        *,
+        window: int | None = None,
+        sinks: int | None = None,
+        policy: str = "sinks",
+        memory: int | None = None,
+        kv: str | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        """An empty session. A `Decoder` takes and gives token ids only, an `LLM` text, too.
+
+        `window` None is what the model's context leaves beside the sinks; `sinks` None is what the
+        policy says; `kv` None is the model's dtype; `chunk` None is the largest of 256, 128, ...
+        that fits. `memory` caps the bytes of cache and step beside the weights: the cache is
+        counted exactly, a step by estimate (`engine/budget.py`).
+
+        Raises `ConfigError` for a model that cannot stream, with the reason, `BudgetExceeded`
+        for a cap that is too small, with the numbers, and `ArgumentError`.
+        """
+        self._llm = model if isinstance(model, LLM) else None
+        self.model = model.model if isinstance(model, LLM) else model
+        self._backend = "auto" if self._llm is None else self._llm.backend
+        if self.model.config.stream_refusal is not None:
+            raise ConfigError(f"this model cannot stream: {self.model.config.stream_refusal}")
+        for name, value in (("memory", memory), ("chunk", chunk)):
+            if value is not None and value < 1:
+                raise ArgumentError(name, value, "an integer of at least 1")
+        stream = self._plan(window, sinks, policy, kv).within(memory, chunk)
+        self.need = stream.need()
+        self.config = SessionConfig(
+            policy=policy,
+            window=stream.window.size,
+            sinks=stream.window.sinks,
+            kv=stream.storage.format,
+            memory=memory,
+            chunk=stream.storage.step_tokens,
+        )
+        self._cache = stream.policy.make(stream.window, stream.storage)
+        self._next: torch.Tensor | None = None
+        self._bits, self._num_predicted = 0.0, 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens taken in so far."""
+        return self._cache.length
+
+    @property
+    def next_logits(self) -> torch.Tensor | None:
+        """float [V]: logits of the token that comes next; None before the first."""
+        return self._next
+
+    @property
+    def stats(self) -> SessionStats:
+        """Counts for reports."""
+        kept = self.config.window + self.config.sinks
+        return SessionStats(
+            num_tokens=self.num_tokens,
+            num_forgotten=max(0, self.num_tokens - kept),
+            bits_per_token=self._bits / self._num_predicted if self._num_predicted else None,
+            cache=self._cache.stats,
+            need=self.need,
+        )
+
+    def feed(self, tokens: str | Sequence[int]) -> torch.Tensor:
+        """Take in text or token ids; gives the surprise -log2 p of each, float32 [n] on the CPU.
+
+        At the start of a session a text is opened by the tokenizer's begin token, which is not
+        among the n. A token that nothing came before has NaN. Raises `RequestError` for ids
+        outside the vocabulary, and text where there is no tokenizer, before anything is taken in.
+        """
+        opening, ids = self._encode(tokens)
+        for _ in self._steps(opening):
+            pass
+        parts = [torch.zeros(0)]
+        for _, bits in self._steps(ids):
+            known = bits[~bits.isnan()]
+            self._bits += float(known.double().sum())
+            self._num_predicted += known.numel()
+            parts.append(bits)
+        return torch.cat(parts)
+
+    def logits(self, tokens: str | Sequence[int]) -> torch.Tensor:
+        """Take in text or token ids; gives the logits after each, [n, V]. Otherwise as `feed`."""
+        opening, ids = self._encode(tokens)
+        for _ in self._steps(opening):
+            pass
+        parts = [logits for logits, _ in self._steps(ids)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.model.config.vocab_size)
+
+    def generate(self, params: SamplingParams | None = None) -> Completion:
+        """Go on with the stream; every token made is taken in, an end token, too.
+
+        No context ends the answer; penalties count the answer's tokens. Raises `RequestError` for
+        an empty session, and without a tokenizer.
+        """
+        *_, last = self.stream(params)
+        assert last.completion is not None
+        return last.completion
+
+    def stream(self, params: SamplingParams | None = None) -> Iterator[Piece]:
+        """As `generate`, piece by piece; the last piece carries the completion."""
+        params, tokenizer = params or SamplingParams(), self._tokenizer("generating text")
+        vocab_size = self.model.config.vocab_size
+        check_ids("logit_bias", params.logit_bias, vocab_size)
+        if self._next is None:
+            raise RequestError("session: got nothing to go on from; accepted: feed it first")
+        answer = Answer(Request((), params, params.max_tokens), tokenizer, perf_counter())
+        return self._pieces(answer, Draw(params, (), vocab_size, self.model.device))
+
+    def fork(self) -> Self:
+        """An independent session in the same state; takes as much memory again."""
+        other = type(self)(self._llm or self.model, **asdict(self.config))
+        other._cache.restore(self._cache.state())
+        other._next = self._next
+        other._bits, other._num_predicted = self._bits, self._num_predicted
+        return other
+
+    def reset(self) -> None:
+        """Forget everything; memory stays allocated."""
+        self._cache.reset()
+        self._next = None
+        self._bits, self._num_predicted = 0.0, 0
+
+    def save(self, path: Path | str) -> None:
+        """Write the whole state into one file, or leave what was there.
+
+        A process killed at any moment leaves the old file or the new one. Raises `ArgumentError`
+        where the file cannot be written.
+        """
+        header = {
+            "model": fingerprint(self.model),
+            "config": asdict(self.config),
+            "totals": [self._bits, self._num_predicted],
+        }
+        tensors = {f"cache.{name}": tensor for name, tensor in self._cache.state().items()}
+        if self._next is not None:
+            tensors["next"] = self._next
+        state.write(Path(path), header, tensors)
+
+    @classmethod
+    def load(cls, path: Path | str, model: Decoder | LLM) -> Self:
+        """The session that was saved to `path`, on the same model: it goes on to the bit.
+
+        Raises `LoadError` for a file that is missing, damaged, cut short, or of another model.
+        """
+        decoder = model.model if isinstance(model, LLM) else model
+        header, tensors = state.read(Path(path), fingerprint(decoder))
+        session = cls(model, **header["config"])
+        session._restore(header["totals"], tensors)
+        return session
+
+    def _restore(self, totals: Sequence[Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        parts = ((name.partition("."), tensor) for name, tensor in tensors.items())
+        self._cache.restore({rest: t for (first, _, rest), t in parts if first == "cache"})
+        stored = tensors.get("next")
+        self._next = None if stored is None else stored.to(self.model.device)
+        self._bits, self._num_predicted = float(totals[0]), int(totals[1])
+
+    def _plan(self, window: int | None, sinks: int | None, policy: str, kv: str | None) -> Stream:
+        config, found = self.model.config, find_policy(policy)
+        sinks = found.sinks if sinks is None else sinks
+        size = config.max_positions - sinks if window is None else window
+        storage = Storage(
+            shape=config.cache_shape(1),
+            dtype=self.model.dtype,
+            format=kv or dtype_name(self.model.dtype),
+            device=self.model.device,
+            step_tokens=1,
+        )
+        return Stream(self.model, found, found.window(size, sinks), storage, self._backend)
+
+    def _tokenizer(self, purpose: str) -> Tokenizer:
+        if self._llm is None:
+            raise RequestError(f"{purpose}: got a Decoder; accepted: an LLM, which has a tokenizer")
+        return self._llm.tokenizer
+
+    def _encode(self, tokens: str | Sequence[int]) -> tuple[list[int], list[int]]:
+        """What opens the text, if anything, and the ids of the text."""
+        if not isinstance(tokens, str):
+            check_ids("tokens", tokens, self.model.config.vocab_size)
+            return [], list(tokens)
+        tokenizer = self._tokenizer("text")
+        around = [] if self.num_tokens else tokenizer.encode("", special=True)
+        opening = [tokenizer.bos_id] if tokenizer.bos_id in around[:1] else []
+        return [i for i in opening if i is not None], tokenizer.encode(tokens, special=False)
+
+    def _steps(self, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits [n, V] and surprise [n] of each step."""
+        for start in range(0, len(ids), self.config.chunk):
+            yield self._step(ids[start : start + self.config.chunk])
+
+    @torch.inference_mode()
+    def _step(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        given = torch.tensor([ids], device=self.model.device)
+        logits = self.model(given, cache=self._cache, backend=self._backend)[0]
+        first = torch.full_like(logits[:1], math.nan) if self._next is None else self._next[None]
+        predicted = torch.cat([first, logits[:-1]]).float()
+        nats = F.cross_entropy(predicted, given[0], reduction="none")
+        self._next = logits[-1].clone()
+        return logits, (nats / math.log(2)).cpu()
+
+    def _pieces(self, answer: Answer, draw: Draw) -> Iterator[Piece]:
+        while answer.finish_reason is None:
+            assert self._next is not None
+            logits = self._next.unsqueeze(0)
+            (token_id,) = sample(logits, [draw])
+            (logprobs,) = report(logits, [token_id], [draw])
+            draw.record(token_id)
+            text = answer.push(token_id, logprobs)
+            self._step([token_id])
+            ended = answer.finish_reason is not None
+            yield Piece(text, answer.completion() if ended else None)
