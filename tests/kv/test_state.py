@@ -40,7 +40,7 @@ def test_a_ring_put_back_goes_on_to_the_bit() -> None:
 
 def test_the_state_of_another_cache_is_refused() -> None:
     cache = RingCache(SHAPE, Window(5, 2))
-    with pytest.raises(ArgumentError, match=r"state keys.0: got shape \[2, 1, 9, 4\]"):
+    with pytest.raises(ArgumentError, match=r"state keys\.0: got shape \[2, 1, 9, 4\]"):
         cache.restore(RingCache(SHAPE, Window(6, 2)).state())
-    with pytest.raises(ArgumentError, match="state keys.0: got nothing"):
+    with pytest.raises(ArgumentError, match=r"state keys\.0: got nothing"):
         cache.restore({})
