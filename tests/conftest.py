@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import properties  # noqa: F401  registers the profile of `make test-full`
 from foveal.core import log
 
 log.logger()  # its handler keeps the stream it finds: let that be pytest's, not one test's

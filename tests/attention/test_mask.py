@@ -10,8 +10,9 @@ from cases import spec as small_spec
 from foveal.attention.mask import Extent, Sight, Visibility, classify, cut, key_ranges, num_visible
 from foveal.attention.operands import Operands
 from foveal.attention.spec import AttentionSpec
+from properties import examples
 
-MANY = settings(max_examples=200, deadline=None, derandomize=True)
+MANY = settings(max_examples=examples(200), deadline=None, derandomize=True)
 
 lengths = st.integers(0, 14)
 sides = st.none() | st.integers(0, 6)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from foveal.attention.merge import merge, with_sink
 from foveal.core.errors import ArgumentError
+from properties import examples
 
 B, H, L, D = 2, 3, 4, 5
 
@@ -26,7 +27,7 @@ def partial(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, t
     return weights @ values, lse
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     cuts=st.lists(st.integers(0, 24), max_size=5),
     order=st.randoms(use_true_random=False),

@@ -21,6 +21,7 @@ from foveal.core.errors import ArgumentError, BudgetExceeded, Unsupported
 from foveal.hardware import store
 from foveal.hardware.detect import detect
 from foveal.hardware.profile import Machine
+from properties import examples
 
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, causal=True)
 WORKLOAD = Workload(batch=1, q_len=256, kv_len=256, dtype=torch.float32)
@@ -217,7 +218,7 @@ changes = (
 specs = st.sampled_from([SPEC.replace(**fields) for fields in changes])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(calls=st.lists(st.tuples(specs, lengths, lengths, st.booleans()), max_size=6))
 def test_what_is_remembered_is_what_is_weighed_anew(calls: list) -> None:
     for spec, q_len, kv_len, square in calls:

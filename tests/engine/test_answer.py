@@ -8,6 +8,7 @@ from foveal.engine.answer import Answer, StopFinder
 from foveal.engine.request import Request, SamplingParams
 from foveal.text.bytes import END_ID, write_byte_tokenizer
 from foveal.text.tokenizer import load_tokenizer
+from properties import examples
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def expected_cut(text: str, stops: list[str]) -> str:
 WORD = st.text("ab ", min_size=1, max_size=4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @example(pieces=["ab a"], stops=["ab a", "b"])
 @given(pieces=st.lists(st.text("ab ", max_size=5), max_size=8), stops=st.lists(WORD, max_size=3))
 def test_stop_strings_do_not_depend_on_the_pieces(pieces, stops):
@@ -42,7 +43,7 @@ def test_stop_strings_do_not_depend_on_the_pieces(pieces, stops):
     assert found == any(stop in whole for stop in stops)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(text=st.text("xyé😀", max_size=12), stop=st.text("xyé", min_size=1, max_size=3))
 def test_what_is_given_out_is_never_taken_back(tokenizer, text, stop):
     request = Request([1], SamplingParams(stop=stop), max_tokens=500)

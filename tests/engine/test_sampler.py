@@ -19,6 +19,7 @@ from foveal.engine.sampler import (
     report,
     sample,
 )
+from properties import examples
 
 VOCAB = 12
 LOGITS = st.lists(
@@ -37,7 +38,7 @@ def kept(logits: torch.Tensor) -> list[int]:
     return logits.isfinite().nonzero().flatten().tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(values=LOGITS, k=st.integers(1, VOCAB))
 def test_top_k(values, k):
     threshold = sorted(values, reverse=True)[k - 1]
@@ -47,7 +48,7 @@ def test_top_k(values, k):
     assert kept(theirs[0]) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(values=LOGITS, p=st.floats(0.01, 1))
 def test_top_p(values, p):
     logits = torch.tensor([values])
@@ -62,7 +63,7 @@ def test_top_p(values, p):
     assert kept(keep_top_p(logits, torch.tensor([[p]]))[0]) == sorted(expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(values=LOGITS, share=st.floats(0, 1))
 def test_min_p(values, share):
     logits = torch.tensor([values])
@@ -91,7 +92,7 @@ def test_filters_in_order_agree_with_transformers():
     assert torch.equal(ours, theirs)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     values=LOGITS,
     prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveal.kernels.portable.philox import keep_mask, philox, random_words
+from properties import examples
 
 # philox4x32, 10 rounds, from `tests/kat_vectors` of Random123: counter, key, result.
 KNOWN = (
@@ -48,7 +49,7 @@ WHOLE = random_words(7, (range(2), range(3), range(20), range(30)))
 INSIDE = st.tuples(*(st.tuples(st.integers(0, n), st.integers(0, n)) for n in WHOLE.shape))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(INSIDE)
 def test_a_tile_is_a_slice_of_the_whole(bounds: tuple[tuple[int, int], ...]) -> None:
     tile = tuple(range(min(pair), max(pair)) for pair in bounds)

@@ -20,6 +20,7 @@ from foveal.nn.scaling import (
     Scaling,
     YarnScaling,
 )
+from properties import examples
 
 FAR = 10**8
 
@@ -60,7 +61,7 @@ def test_exact_at_any_position(position: int) -> None:
     assert (turned - exact).abs().max() < (1e-15 if position < 2**29 else 1e-6) * 4
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(start=st.integers(0, FAR), distance=st.integers(0, 4096))
 def test_scores_depend_on_the_distance_alone(start: int, distance: int) -> None:
     config = RopeConfig(dim=8, theta=500000.0)

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from foveal.text.bytes import BEGIN_ID, END_ID, VOCAB_SIZE, write_byte_tokenizer
+from properties import examples
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def directory(tmp_path_factory):
     return path
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_an_id_is_a_byte(directory, text):
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))

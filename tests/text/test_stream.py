@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from foveal.text.stream import TextStream, stream_text
 from foveal.text.tokenizer import load_tokenizer
+from properties import examples
 from vocabularies import KINDS
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"))
@@ -22,7 +23,7 @@ def tokenizers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(text=ANY_TEXT)
 def test_valid_text(tokenizers, kind, text):
     tokenizer = tokenizers[kind]
@@ -33,7 +34,7 @@ def test_valid_text(tokenizers, kind, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(data=st.data())
 def test_any_ids(tokenizers, kind, data):
     tokenizer = tokenizers[kind]

@@ -13,6 +13,7 @@ from transformers.convert_slow_tokenizer import generate_merges
 
 from foveal.core.errors import LoadError
 from foveal.text.tokenizer import load_tokenizer
+from properties import examples
 from vocabularies import JSON_KINDS, KINDS
 
 TEXTS = [
@@ -74,7 +75,7 @@ def test_sentencepiece_agrees_with_transformers(directories, converted):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(text=ANY_TEXT)
 def test_sentencepiece_any_text(directories, converted, text):
     ours = load_tokenizer(directories["sentencepiece"])

@@ -14,6 +14,7 @@ from foveal.text.tokenizer import Tokenizer, load_tokenizer
 from foveal.training.corpus import documents, standard_library
 from foveal.training.data import HeldoutRows, TrainingRows, read_streams, write_streams
 from foveal.training.loss import IGNORE
+from properties import examples
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def counting(num_tokens: int) -> np.ndarray:
     return np.arange(num_tokens, dtype=np.uint32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     tokens=st.integers(40, 400),
     context=st.integers(1, 20),
@@ -165,7 +166,7 @@ def test_too_little_text_is_refused_with_both_numbers() -> None:
     assert TrainingRows(counting(15), context=8, begin_id=0, seed=0).rows_per_epoch == 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(tokens=st.integers(1, 100), context=st.integers(1, 20), size=st.integers(1, 7))
 def test_held_out_rows_score_every_token_once(tokens: int, context: int, size: int) -> None:
     rows = HeldoutRows(counting(tokens), context=context, begin_id=777)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveal.training.loss import IGNORE, cross_entropy_sum
+from properties import examples
 
 
 def problem(tokens: int, vocab: int, seed: int, dtype: torch.dtype = torch.float64):
@@ -18,7 +19,7 @@ def problem(tokens: int, vocab: int, seed: int, dtype: torch.dtype = torch.float
     return hidden, weight, targets
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(tokens=st.integers(1, 40), vocab=st.integers(2, 30), chunk=st.integers(1, 400))
 def test_equals_plain_cross_entropy_and_its_gradients(tokens: int, vocab: int, chunk: int) -> None:
     hidden, weight, targets = problem(tokens, vocab, seed=tokens)

@@ -8,10 +8,11 @@ from torch import nn
 
 from foveal.training.config import OptimiserRecipe
 from foveal.training.optimiser import build_optimiser, learning_rate
+from properties import examples
 
 
 @pytest.mark.parametrize("schedule", ["wsd", "cosine"])
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(progress=st.floats(0, 1.1))
 def test_the_rate_stays_between_zero_and_its_peak(schedule: str, progress: float) -> None:
     recipe = OptimiserRecipe(lr=0.01, schedule=schedule, warmup=0.1, decay=0.4)
