@@ -43,8 +43,9 @@ def train(
     """
     import torch
 
+    from foveal.core.signals import interruptible
     from foveal.training.config import Recipe
-    from foveal.training.monitor import Monitor, interruptible
+    from foveal.training.monitor import Monitor
     from foveal.training.run import finish_run, resume_run, start_run
 
     length = {

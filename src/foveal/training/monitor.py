@@ -1,14 +1,5 @@
-"""What a person sees of a run, on standard error: a progress bar, and a line per evaluation.
+"""What a person sees of a run, on standard error: a progress bar, and a line per evaluation."""
 
-The first Ctrl-C (or SIGTERM) asks the run to stop between two steps, because a step that is cut
-short would leave half-updated weights; the second one ends the process.
-"""
-
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Self
 
 from rich.console import Console
@@ -16,23 +7,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from foveal.core.units import format_count, format_s
 from foveal.training.trainer import HeldoutRecord, Trainer, TrainRecord
-
-
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets, instead of what the signal does else."""
-    stop = threading.Event()
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(signum, previous[signum])
-
-    previous = {int(s): signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 class Monitor:
