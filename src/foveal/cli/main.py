@@ -15,6 +15,7 @@ from foveal.cli.chat import chat
 from foveal.cli.demo import demo
 from foveal.cli.doctor import doctor
 from foveal.cli.generate import generate
+from foveal.cli.stream import stream
 from foveal.cli.train import train
 from foveal.cli.tune import tune
 from foveal.core.errors import FovealError
@@ -36,6 +37,7 @@ def root() -> None:
 app.command()(demo)
 app.command()(generate)
 app.command()(chat)
+app.command()(stream)
 app.command()(train)
 app.command()(backends)
 app.command()(doctor)

@@ -127,6 +127,14 @@ class Session:
         return self._next
 
     @property
+    def opening(self) -> list[int]:
+        """The id that is to open a text here: the tokenizer's begin token, at the start only."""
+        if self._llm is None or self.num_tokens:
+            return []
+        first = self._llm.tokenizer.encode("", special=True)[:1]
+        return first if first == [self._llm.tokenizer.bos_id] else []
+
+    @property
     def stats(self) -> SessionStats:
         """Counts for reports."""
         kept = self.config.window + self.config.sinks
@@ -145,9 +153,7 @@ class Session:
         among the n. A token that nothing came before has NaN. Raises `RequestError` for ids
         outside the vocabulary, and text where there is no tokenizer, before anything is taken in.
         """
-        opening, ids = self._encode(tokens)
-        for _ in self._steps(opening):
-            pass
+        ids = self._open(tokens)
         parts = [torch.zeros(0)]
         for _, bits in self._steps(ids):
             known = bits[~bits.isnan()]
@@ -158,10 +164,7 @@ class Session:
 
     def logits(self, tokens: str | Sequence[int]) -> torch.Tensor:
         """Take in text or token ids; gives the logits after each, [n, V]. Otherwise as `feed`."""
-        opening, ids = self._encode(tokens)
-        for _ in self._steps(opening):
-            pass
-        parts = [logits for logits, _ in self._steps(ids)]
+        parts = [logits for logits, _ in self._steps(self._open(tokens))]
         return torch.cat(parts) if parts else torch.zeros(0, self.model.config.vocab_size)
 
     def generate(self, params: SamplingParams | None = None) -> Completion:
@@ -251,15 +254,15 @@ class Session:
             raise RequestError(f"{purpose}: got a Decoder; accepted: an LLM, which has a tokenizer")
         return self._llm.tokenizer
 
-    def _encode(self, tokens: str | Sequence[int]) -> tuple[list[int], list[int]]:
-        """What opens the text, if anything, and the ids of the text."""
+    def _open(self, tokens: str | Sequence[int]) -> list[int]:
+        """The ids of `tokens`, once what opens a text has been taken in."""
         if not isinstance(tokens, str):
             check_ids("tokens", tokens, self.model.config.vocab_size)
-            return [], list(tokens)
-        tokenizer = self._tokenizer("text")
-        around = [] if self.num_tokens else tokenizer.encode("", special=True)
-        opening = [tokenizer.bos_id] if tokenizer.bos_id in around[:1] else []
-        return [i for i in opening if i is not None], tokenizer.encode(tokens, special=False)
+            return list(tokens)
+        ids = self._tokenizer("text").encode(tokens, special=False)
+        for _ in self._steps(self.opening):
+            pass
+        return ids
 
     def _steps(self, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Logits [n, V] and surprise [n] of each step."""

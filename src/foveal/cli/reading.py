@@ -1,0 +1,188 @@
+"""One run of `foveal stream`: the loop, its progress bar, and what is said of it afterwards."""
+
+import importlib.util
+import io
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from foveal.core.errors import ArgumentError
+from foveal.core.files import write_text
+from foveal.core.signals import interruptible
+from foveal.core.units import format_bytes, format_s
+from foveal.engine.llm import LLM
+from foveal.engine.policy import find_policy
+from foveal.engine.session import Session
+from foveal.engine.trail import Point, Trail
+from foveal.text.blocks import read_blocks
+
+
+@dataclass(slots=True)
+class Result:
+    """How a run went."""
+
+    trail: Trail
+    next_byte: int | None
+    """Where to go on in the file; None where a limit ended the run within a block."""
+    stopped: bool = False
+    """By Ctrl-C."""
+    failure: ArgumentError | None = None
+    """What ended the reading early: the text is not UTF-8."""
+
+
+def heading(session: Session) -> str:
+    """What is remembered, and what that takes."""
+    config, need = session.config, session.need
+    return (
+        f"keeps {find_policy(config.policy).keeps}: {config.sinks} and {config.window} in "
+        f"{config.kv}; cache {format_bytes(need.cache_bytes)}, a step of {config.chunk} tokens "
+        f"about {format_bytes(need.step_bytes)} (estimate)"
+    )
+
+
+def read(
+    session: Session,
+    llm: LLM,
+    source: io.FileIO,
+    *,
+    offset: int,
+    limit: int | None,
+    console: Console,
+) -> Result:
+    """Feed the source from here to its end, to the limit, or until Ctrl-C."""
+    chunk, left = session.config.chunk, limit or math.inf
+    result = Result(Trail(chunk), offset)
+    with interruptible() as stop, _Monitor(session, source, offset, console) as monitor:
+        pending = session.opening
+        try:
+            for block in read_blocks(source, stop.is_set, start=offset):
+                pending += llm.tokenizer.encode(block.text, special=False)
+                result.next_byte = block.end
+                while len(pending) >= chunk and left >= chunk:
+                    left -= chunk
+                    _step(session, pending[:chunk], result.trail)
+                    del pending[:chunk]
+                    monitor.show(result)
+                if len(pending) >= left:
+                    break
+        except ArgumentError as error:
+            result.failure = error
+        if len(pending) > left:
+            del pending[int(left) :]
+            result.next_byte = None
+        for at in range(0, len(pending), chunk):
+            _step(session, pending[at : at + chunk], result.trail)
+        monitor.show(result)
+        result.stopped = stop.is_set()
+    return result
+
+
+def _step(session: Session, ids: list[int], trail: Trail) -> None:
+    started = perf_counter()
+    bits = session.feed(ids)
+    seconds = perf_counter() - started
+    known = bits[~bits.isnan()]
+    resident = psutil.Process().memory_info().rss
+    trail.add(Point(len(ids), seconds, float(known.double().sum()), known.numel(), resident))
+
+
+class _Monitor:
+    """The progress bar; a context manager, so that the bar ends with it."""
+
+    def __init__(self, session: Session, source: io.FileIO, offset: int, console: Console) -> None:
+        facts = os.fstat(source.fileno())
+        total = facts.st_size - offset if facts.st_size else None
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        self._session, self._offset = session, offset
+        self._progress = Progress(*columns, console=console)
+        self._task = self._progress.add_task("", total=total)
+
+    def __enter__(self) -> "_Monitor":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def show(self, result: Result) -> None:
+        """Show how far the run is."""
+        total = result.trail.total
+        if not total.tokens:
+            return
+        resident = result.trail.points[-1].resident_bytes
+        bits = total.bits / max(1, total.num_predicted)
+        line = (
+            f"{total.tokens:,} tokens  {total.tokens / total.seconds:,.0f}/s  {bits:.3f} bits/token"
+            f"  resident {format_bytes(resident)}  cache {self._session.stats.occupancy:.0%}"
+        )
+        done = None if result.next_byte is None else result.next_byte - self._offset
+        self._progress.update(self._task, description=line, completed=done)
+
+
+def document(session: Session, llm: LLM, result: Result, file: str) -> dict[str, Any]:
+    """All about a run as data that JSON can hold. Times and resident memory are measured."""
+    stats = session.stats
+    return {
+        "model": str(llm.directory),
+        "file": file,
+        "config": asdict(session.config),
+        "summary": result.trail.summary(),
+        "stream": {
+            "tokens": stats.num_tokens,
+            "forgotten": stats.num_forgotten,
+            "bits_per_token": stats.bits_per_token,
+            "cache": asdict(stats.cache),
+            "step_bytes_estimate": stats.need.step_bytes,
+        },
+        "next_byte": result.next_byte,
+        "stopped": result.stopped,
+        "curve": result.trail.curve(),
+    }
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The document in words."""
+    summary, step = found["summary"], found["summary"]["step_s"]
+    bits, speed = summary["bits_per_token"], summary["tokens_per_s"]
+    words = [f"{summary['tokens']:,} tokens in {format_s(summary['seconds'])}"]
+    words += [] if speed is None else [f"{speed:,.0f} tokens/s"]
+    words += [] if bits is None else [f"{bits:.3f} bits per token"]
+    out = [", ".join(words)]
+    if step["p50"] is not None:
+        times = ", ".join(f"{name} {format_s(step[name])}" for name in ("min", "p50", "p99", "max"))
+        out.append(f"step of {step['tokens']} tokens: {times}")
+    early, late = summary["resident_bytes"].values()
+    if early and late:
+        change = f"{late / early - 1:+.2%}"
+        pair = f"{format_bytes(early)} in the second tenth, {format_bytes(late)} in the last"
+        out.append(f"resident memory: {pair} ({change})")
+    early, late = summary["s_per_token"].values()
+    if early and late:
+        pair = f"{format_s(early)} in the second tenth, {format_s(late)} in the last"
+        out.append(f"time per token: {pair} ({late / early - 1:+.1%})")
+    cache = found["stream"]["cache"]
+    held, there = format_bytes(cache["used_bytes"]), format_bytes(cache["allocated_bytes"])
+    out.append(f"cache: {held} of {there}; {found['stream']['forgotten']:,} tokens forgotten")
+    return out
+
+
+def check_report(path: Path) -> None:
+    """Refuse, before a long run, a report that could not be drawn or written."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ArgumentError("report", "no matplotlib", "pip install 'foveal[plots]' first")
+    if not path.resolve().parent.is_dir():
+        raise ArgumentError("report", str(path), "a file in a folder that exists")
+
+
+def write_report(path: Path, found: dict[str, Any]) -> None:
+    """One page that needs nothing beside itself."""
+    from foveal.cli.reading_page import page
+
+    write_text(path, page(found, lines(found)))
