@@ -11,15 +11,16 @@ from pathlib import Path
 import flash_attention
 import pytest
 
-MAX_LENGTH, MAX_HEAD_DIM = 260, 128
+MAX_PAIRS, MAX_HEAD_DIM = 260 * 260, 128
+"""Pairs of a query and a key in one sequence, and the size of a head."""
 
 REPEATED = {
-    "test_flash_attn_race_condition": (100, 40),
-    "test_flash_attn_deterministic": (260, 40),
-    "test_flash_attn_varlen_deterministic": (260, 40),
+    "test_flash_attn_race_condition": (260, 40),
+    "test_flash_attn_deterministic": (30_000, 40),
+    "test_flash_attn_varlen_deterministic": (30_000, 40),
 }
-"""Largest length and head size of tests that repeat a backward pass 50 to 250 times, the first on
-60 sequences; they get a quarter of the cases."""
+"""The same limits for tests that repeat a backward pass 50 to 250 times, the first on 60
+sequences. They get a quarter of the cases."""
 
 ABOUT_THE_EXTENSION = {
     "test_flash_attn_generator_arg_must_be_none": "a slot in the argument list of its extension",
@@ -45,9 +46,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Draw the cases, and take away the marks that pytest would multiply out."""
     marks = metafunc.definition.own_markers
     name = metafunc.definition.originalname
-    length, head_dim = REPEATED.get(name, (MAX_LENGTH, MAX_HEAD_DIM))
+    limits = REPEATED.get(name, (MAX_PAIRS, MAX_HEAD_DIM))
     choices = [
-        [row for row in _rows(mark) if _small(row, length, head_dim)]
+        [row for row in _rows(mark) if _small(row, *limits)]
         for mark in marks
         if mark.name == "parametrize"
     ]
@@ -77,7 +78,8 @@ def _rows(mark: pytest.Mark) -> list[Row]:
     return [dict(zip(names, v if len(names) > 1 else [v], strict=True)) for v in mark.args[1]]
 
 
-def _small(row: Row, length: int, head_dim: int) -> bool:
-    """Whether lengths and head sizes are within the limits."""
-    limits = dict.fromkeys(("seqlen", "seqlen_q", "seqlen_k"), length) | {"d": head_dim}
-    return all(row[name] <= limit for name, limit in limits.items() if name in row)
+def _small(row: Row, max_pairs: int, max_head_dim: int) -> bool:
+    """Whether the lengths and the head size, where the row has them, are within the limits."""
+    length = row.get("seqlen", 1)
+    pairs = row.get("seqlen_q", length) * row.get("seqlen_k", length)
+    return pairs <= max_pairs and row.get("d", 0) <= max_head_dim
