@@ -1,16 +1,29 @@
 """What a cache holds can be kept elsewhere and put back into another cache, pads and all."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from foveal.core.errors import ArgumentError
-from foveal.kv.cache import CacheShape, Window
+from foveal.core.errors import ArgumentError, OutOfPages
+from foveal.kv.cache import CacheShape, ResumableCache, Window
+from foveal.kv.paged import PagedCache
 from foveal.kv.ring import RingCache
+from foveal.kv.store import PageStore
 
 SHAPE = CacheShape(num_layers=2, batch=2, num_kv_heads=1, head_dim=4, value_dim=2)
 
 
-def step(cache: RingCache, positions: torch.Tensor) -> list[torch.Tensor]:
+def ring(window: Window) -> RingCache:
+    return RingCache(SHAPE, window)
+
+
+def pages(window: Window, format: str = "int8", num_pages: int = 20) -> PagedCache:
+    store = PageStore(SHAPE, num_pages, 2, key_format=format, value_format=format)
+    return PagedCache(store, window=window)
+
+
+def step(cache: ResumableCache, positions: torch.Tensor) -> list[torch.Tensor]:
     """Append tokens to both layers; every tensor of the views."""
     seen = []
     rng = torch.Generator().manual_seed(cache.length)
@@ -21,8 +34,9 @@ def step(cache: RingCache, positions: torch.Tensor) -> list[torch.Tensor]:
     return seen
 
 
-def test_a_ring_put_back_goes_on_to_the_bit() -> None:
-    cache, other = (RingCache(SHAPE, Window(5, 2)) for _ in range(2))
+@pytest.mark.parametrize("make", [ring, pages])
+def test_what_is_put_back_goes_on_to_the_bit(make: Callable[[Window], ResumableCache]) -> None:
+    cache, other = (make(Window(5, 2)) for _ in range(2))
     step(cache, torch.tensor([[-1, -1, 0, 1], [0, 1, 2, 3]]))
     for position in range(2, 9):
         step(cache, torch.tensor([[position], [position + 2]]))
@@ -33,9 +47,9 @@ def test_a_ring_put_back_goes_on_to_the_bit() -> None:
     for positions in ([[9, 10, -1], [11, 12, 13]], [[11], [14]]):
         ours, theirs = step(cache, torch.tensor(positions)), step(other, torch.tensor(positions))
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    for one in (cache, other):
-        one.truncate(14)  # what the pads took is known to both
-    assert torch.equal(cache.next_positions, other.next_positions)
+    for length in range(15):  # what the pads took is known to both
+        ours, theirs = (one._slots.tokens_before(length) for one in (cache, other))
+        assert torch.equal(ours, theirs)
 
 
 def test_the_state_of_another_cache_is_refused() -> None:
@@ -44,3 +58,24 @@ def test_the_state_of_another_cache_is_refused() -> None:
         cache.restore(RingCache(SHAPE, Window(6, 2)).state())
     with pytest.raises(ArgumentError, match=r"state keys\.0: got nothing"):
         cache.restore({})
+    paged = pages(Window(5, 2))
+    with pytest.raises(ArgumentError, match=r"state keys\.0\.0: got torch.float32 .* torch.int8"):
+        paged.restore(pages(Window(5, 2), "float32").state())
+    step(paged, torch.arange(6).expand(2, 6))
+    small = pages(Window(5, 2), num_pages=3)
+    with pytest.raises(OutOfPages):
+        small.restore(paged.state())
+    assert small.length == 0 and small.store.pool.num_available == 3
+
+
+def test_shared_pages_stay_shared() -> None:
+    cache, other = pages(Window(20)), pages(Window(20))
+    step(cache, torch.arange(8).expand(2, 8))
+    one, two = cache.tables
+    cache.store.pool.release(list(two.pages.values()))
+    two.pages = dict(one.pages)
+    cache.store.pool.share(two.pages.values())
+    other.restore(cache.state())
+    assert other.stats.used_bytes == cache.stats.used_bytes == 4 * cache.store.page_bytes
+    other.reset()
+    assert other.store.pool.num_available == 20, "no page is lost"

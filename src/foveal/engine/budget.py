@@ -1,7 +1,7 @@
 """What a stream takes beside the weights: its cache, to the byte, and one step, by estimate.
 
     step = keys and values of the step, kept aside until its last layer has been written
-         + one layer of the cache, copied for the last layer's queries
+         + one layer of all that a step sees, copied as it is stored and as it is computed with
          + activations of one block, at 4 bytes
          + logits, their float32 copy and its log-softmax
          + the temporaries of attention, as the chosen backend states them
@@ -66,10 +66,14 @@ class Stream:
             operands=frozenset({"q_positions", "kv_positions"}),
         )
         heads = config.num_heads * config.head_dim
+        layer_bytes = (
+            self.storage.shape.slot_elements // config.num_layers * self.storage.dtype.itemsize
+        )
         elements = 6 * config.width + 3 * config.mlp_width + 6 * heads + 3 * config.vocab_size
         step_bytes = (
             tokens * self.storage.shape.slot_elements * self.storage.dtype.itemsize
             + cache_bytes // config.num_layers
+            + (self.window.span + tokens) * layer_bytes
             + tokens * elements * 4
             + choose(spec, workload, backend=self.backend).chosen.workspace_bytes
         )

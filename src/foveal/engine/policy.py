@@ -13,7 +13,13 @@ import torch
 from foveal.core.dtypes import dtype_name
 from foveal.core.errors import ArgumentError
 from foveal.kv.cache import CacheShape, ResumableCache, Window
+from foveal.kv.formats import Scales, parse_format
+from foveal.kv.paged import PagedCache
 from foveal.kv.ring import RingCache
+from foveal.kv.store import PageStore
+
+_PAGE_SIZE = 16
+"""Tokens of a page: what is kept beyond window and sinks is less than two pages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,10 +56,25 @@ class Policy:
         return Window(size, sinks)
 
 
-def _ring(window: Window, storage: Storage) -> RingCache:
-    if storage.format != dtype_name(storage.dtype):
-        raise ArgumentError("kv", repr(storage.format), f"{dtype_name(storage.dtype)!r}")
-    return RingCache(storage.shape, window, dtype=storage.dtype, device=storage.device)
+def _windowed(window: Window, storage: Storage) -> ResumableCache:
+    """A ring where keys and values stay in the model's dtype, which moves nothing; else pages,
+    just as many as window, sinks and one step can reach."""
+    if storage.format == dtype_name(storage.dtype):
+        return RingCache(storage.shape, window, dtype=storage.dtype, device=storage.device)
+    if parse_format(storage.format).scales is Scales.CHANNEL:
+        accepted = "a format with scales per token: a stream is stored token by token"
+        raise ArgumentError("kv", repr(storage.format), accepted)
+    reached = window.size - 1 + storage.step_tokens
+    num_pages = -(-window.sinks // _PAGE_SIZE) + -(-reached // _PAGE_SIZE) + 1
+    store = PageStore(
+        storage.shape,
+        num_pages,
+        _PAGE_SIZE,
+        key_format=storage.format,
+        value_format=storage.format,
+        device=storage.device,
+    )
+    return PagedCache(store, window=window, dtype=storage.dtype)
 
 
 POLICIES: tuple[Policy, ...] = (
@@ -63,7 +84,7 @@ POLICIES: tuple[Policy, ...] = (
         costs="(sinks + window) keys and values; what lies between is forgotten",
         sinks=4,
         most_sinks=None,
-        make=_ring,
+        make=_windowed,
     ),
     Policy(
         name="window",
@@ -71,7 +92,7 @@ POLICIES: tuple[Policy, ...] = (
         costs="window keys and values; the loss leaps once the first token has left it",
         sinks=0,
         most_sinks=0,
-        make=_ring,
+        make=_windowed,
     ),
 )
 

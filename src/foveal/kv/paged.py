@@ -7,7 +7,7 @@ At most one page per sequence is partly empty. Pads are not stored: the token at
 slot p mod S of the sequence's page p // S.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -165,6 +165,37 @@ class PagedCache:
             PageTable(dict(mine.pages), list(mine.digests), mine.evicted) for mine in self.tables
         ]
         return other
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Pages as they are stored, tables and counts; see `ResumableCache.state`. What has been
+        published is not part of it."""
+        self._release_beyond()
+        held = sorted({page for table in self.tables for page in table.pages.values()})
+        state = {**self._slots.state(), **self.store.copies(held)}
+        for row, table in enumerate(self.tables):
+            places = [[part, held.index(page)] for part, page in table.pages.items()]
+            state[f"table.{row}"] = torch.tensor(places, dtype=torch.int64).reshape(-1, 2)
+            state[f"evicted.{row}"] = torch.tensor(table.evicted)
+        return state
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Hold what `state` was taken of; see `ResumableCache.restore`. Raises `OutOfPages`, the
+        cache being empty then, if the store has too little room."""
+        self.reset()
+        pages = self.store.take_in(state)
+        self._slots.restore(state)
+        size, untaken = self.store.page_size, set(pages)
+        for row, (table, end) in enumerate(
+            zip(self.tables, self._slots.next.tolist(), strict=True)
+        ):
+            table.evicted = int(state[f"evicted.{row}"])
+            for part, place in state[f"table.{row}"].tolist():
+                page = table.pages[part] = pages[place]
+                if page in untaken:
+                    untaken.remove(page)
+                    self.store.pool.fill(page, min(size, end - part * size))
+                else:
+                    self.store.pool.share([page])
 
     def reset(self) -> None:
         """Forget everything and give the pages back."""

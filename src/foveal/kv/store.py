@@ -100,11 +100,40 @@ class PageStore:
         )
         return k, v
 
+    def copies(self, pages: Sequence[int]) -> dict[str, torch.Tensor]:
+        """These pages [n, ...] of every layer, as they are stored, by name."""
+        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
+        return {name: tensor[index] for name, tensor in self._tensors().items()}
+
+    def take_in(self, copies: Mapping[str, torch.Tensor]) -> list[int]:
+        """Allocate pages for such copies, in their order. Raises `ArgumentError` for copies of
+        another kind of page, and `OutOfPages`."""
+        for name, tensor in self._tensors().items():
+            given = copies[name] if name in copies else torch.empty(0)
+            if given.shape[1:] != tensor.shape[1:] or given.dtype != tensor.dtype:
+                got = f"{given.dtype} of shape {list(given.shape)}"
+                accepted = f"{tensor.dtype} of shape [n, {str(list(tensor.shape[1:]))[1:]}"
+                raise ArgumentError(f"state {name}", got, accepted)
+        pages = self.pool.allocate(copies["keys.0.0"].shape[0])
+        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
+        for name, tensor in self._tensors().items():
+            tensor[index] = copies[name].to(tensor.device)
+        return pages
+
     def copy(self, source: int, target: int) -> None:
         """Make one page equal another, in every layer."""
         for stored in (*self._keys, *self._values):
             for tensor in stored.tensors:
                 tensor[:, target] = tensor[:, source]
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that is stored, seen page first."""
+        return {
+            f"{name}.{layer}.{i}": tensor.transpose(0, 1)
+            for name, every in (("keys", self._keys), ("values", self._values))
+            for layer, stored in enumerate(every)
+            for i, tensor in enumerate(stored.tensors)
+        }
 
     def _pairs(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
