@@ -15,7 +15,7 @@ PROMPT = '''def read_lines(path):
 '''
 LENGTH = 2048
 """Tokens of the call that is explained."""
-MAX_TOKENS, TEMPERATURE, SEED = 250, 0.5, 2
+MAX_TOKENS, TEMPERATURE, SEED = 250, 0.7, 2
 
 
 def demo(
