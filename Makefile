@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# One thread pool of the machine's size; tests that need another number set it themselves.
-PYTEST := $(BIN)/python -m pytest
+# Test tensors are tiny: a second thread brings nothing, and spins where a neighbour has its core.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test test-full check setup clean
 
