@@ -46,6 +46,7 @@ class Backend(Protocol):
         Inputs are [B, H, Lq, D], [B, Hkv, Lk, D], [B, Hkv, Lk, Dv] with any strides and
         no empty dimension (the door answers those). A row in which nothing is visible gives
         zeros and -inf. Differentiable with respect to q, k, v
-        (and the bias and through lse where `refuse` accepted that). `operands.sink_logits` is
-        not the backend's concern: the door merges it into the result.
+        (and the bias and through lse where `refuse` accepted that). A backend that refuses
+        `needs_lse` gives an lse of NaN. `operands.sink_logits` is not the backend's concern: the
+        door merges it into the result.
         """

@@ -2,9 +2,10 @@
 
 from foveal.attention.backend import Backend
 from foveal.attention.backends.flash import Flash
+from foveal.attention.backends.flex import Flex
 from foveal.attention.backends.fused import Fused
 from foveal.attention.backends.unfused import Unfused
 
-BACKENDS: tuple[Backend, ...] = (Unfused(), Fused(), Flash())
+BACKENDS: tuple[Backend, ...] = (Unfused(), Fused(), Flash(), Flex())
 
 BY_NAME: dict[str, Backend] = {backend.name: backend for backend in BACKENDS}

@@ -69,6 +69,7 @@ def bucket_of(workload: Workload) -> Workload:
         batch=_round_up(workload.batch),
         q_len=_round_up(workload.q_len),
         kv_len=_round_up(workload.kv_len),
+        needs_lse=False,
         needs_lse_grad=False,
         operands=workload.operands - {"sink_logits"},
         strided_head=False,

@@ -24,6 +24,8 @@ class Workload:
     """Device type: "cpu" or "cuda"."""
     needs_grad: bool = False
     """Some input requires a gradient."""
+    needs_lse: bool = False
+    """The log-sum-exp is wanted (by the caller, or to merge learned sinks)."""
     needs_lse_grad: bool = False
     """A gradient will flow through the log-sum-exp (learned sinks, or the caller's own use)."""
     operands: frozenset[str] = frozenset()
@@ -51,6 +53,7 @@ class Workload:
             inputs.append(operands.bias)
             if operands.bias.requires_grad:
                 present |= {"bias_grad"}
+        needs_lse = return_lse or operands.sink_logits is not None
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         return cls(
             batch=q.shape[0],
@@ -59,7 +62,8 @@ class Workload:
             dtype=q.dtype,
             device=q.device.type,
             needs_grad=needs_grad,
-            needs_lse_grad=needs_grad and (return_lse or operands.sink_logits is not None),
+            needs_lse=needs_lse,
+            needs_lse_grad=needs_grad and needs_lse,
             operands=present,
             strided_head=any(x.stride(-1) != 1 for x in (q, k, v)),
         )
