@@ -48,7 +48,8 @@ def test_a_file_is_read_to_its_end_in_fixed_memory(model: str, text: Path) -> No
     for words in (f"{num:,} tokens in", "tokens/s", "bits per token", "p99", "resident memory: "):
         assert words in result.stdout
     assert f"{num - 44:,} tokens forgotten" in result.stdout
-    assert "keeps the first tokens (sinks) and the last ones (window): 4 and 40" in result.stderr
+    assert "keeps the first tokens (sinks) and the last ones (window)" in result.stderr
+    assert "4 sinks, window 40, in float32: cache" in result.stderr
 
 
 def test_json_is_one_document_with_what_a_session_finds(model: str, text: Path) -> None:

@@ -40,9 +40,10 @@ class Result:
 def heading(session: Session) -> str:
     """What is remembered, and what that takes."""
     config, need = session.config, session.need
+    policy = find_policy(config.policy)
     return (
-        f"keeps {find_policy(config.policy).keeps}: {config.sinks} and {config.window} in "
-        f"{config.kv}; cache {format_bytes(need.cache_bytes)}, a step of {config.chunk} tokens "
+        f"policy {policy.name} keeps {policy.keeps} and costs {policy.costs}\n"
+        f"{config.sinks} sinks, window {config.window}, in {config.kv}: cache {format_bytes(need.cache_bytes)}, a step of {config.chunk} tokens "
         f"about {format_bytes(need.step_bytes)} (estimate)"
     )
 

@@ -55,7 +55,7 @@ def _draw(found: dict[str, Any]) -> str:
         axes.plot([p["position"] for p in rows], values, linewidth=1)
         axes.axvline(kept, color="grey", linestyle=":", linewidth=1)
         axes.set_ylabel(name)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(values, default=1))
         axes.grid(alpha=0.3)
     axes.set_xlabel("position in tokens (dotted: the first token is forgotten)")
     svg = io.StringIO()

@@ -89,7 +89,8 @@ POLICIES: tuple[Policy, ...] = (
     Policy(
         name="window",
         keeps="the last tokens (window)",
-        costs="window keys and values; the loss leaps once the first token has left it",
+        costs="window keys and values; many models lose their way once the first token has left it "
+        "(Xiao et al. 2024)",
         sinks=0,
         most_sinks=0,
         make=_windowed,
