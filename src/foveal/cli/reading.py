@@ -43,8 +43,9 @@ def heading(session: Session) -> str:
     policy = find_policy(config.policy)
     return (
         f"policy {policy.name} keeps {policy.keeps} and costs {policy.costs}\n"
-        f"{config.sinks} sinks, window {config.window}, in {config.kv}: cache {format_bytes(need.cache_bytes)}, a step of {config.chunk} tokens "
-        f"about {format_bytes(need.step_bytes)} (estimate)"
+        f"{config.sinks} sinks, window {config.window}, in {config.kv}: "
+        f"cache {format_bytes(need.cache_bytes)}, a step of {config.chunk} tokens about "
+        f"{format_bytes(need.step_bytes)} (estimate)"
     )
 
 
