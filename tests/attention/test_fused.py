@@ -73,6 +73,10 @@ def test_bottom_right_is_not_pytorchs_causal() -> None:
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
 
+def test_as_many_pairs_as_causal_are_not_yet_causal() -> None:
+    assert kernel_call(GQA.replace(window=(1, None)), 3, 5)[1:] == (False, True)
+
+
 def test_query_groups_are_folded_where_all_is_visible() -> None:
     assert kernel_call(GQA, 1, 9) == ((2, 2, 4, 16), False, False)
     assert kernel_call(GQA.replace(causal=False), 5, 9) == ((2, 2, 20, 16), False, False)
