@@ -82,7 +82,8 @@ def _choice(console: Console) -> None:
 
     spec = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=64, causal=True)
     workload = Workload(batch=1, q_len=LENGTH, kv_len=LENGTH, dtype=torch.float32)
-    for _ in tune(((spec, workload),), budget_s=8.0):
+    slow = {"flex": "compiles for seconds"}
+    for _ in tune(((spec, workload),), budget_s=8.0, without=slow):
         console.print(str(choose(spec, workload)), markup=False, soft_wrap=True)
 
 
