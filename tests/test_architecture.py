@@ -147,3 +147,9 @@ def test_public_names_are_there_and_documented() -> None:
 def test_one_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == foveal.__version__ == metadata.version("foveal")
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them by file name alone."""
+    names = [path.name for path in TESTS if path.name != "__init__.py"]
+    assert len(names) == len(set(names))
