@@ -25,6 +25,7 @@ LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
 MANY_PARAMETERS: dict[str, str] = {
     "attention/api.py:attend_varlen": "the arguments of attend, and the bounds of packed sequences",
+    "attention/paged.py:attend_paged": "the arguments of attend, bounds and positions",
 }
 
 BANNED_WORDS = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "base"}

@@ -9,6 +9,7 @@ from foveal.kv.formats import parse_format
 from foveal.kv.paged import PagedCache
 from foveal.kv.quantised import QuantisedCache
 from foveal.kv.store import PageStore
+from sights import sight
 
 SHAPE = CacheShape(num_layers=2, batch=1, num_kv_heads=2, head_dim=8, value_dim=8)
 
@@ -31,7 +32,7 @@ def feed(cache: QuantisedCache, x: torch.Tensor) -> dict[int, tuple[torch.Tensor
     for layer in range(2):
         view = cache.append(layer, heads + layer, heads - layer)
     seen = {}
-    for tile in view.tiles():
+    for tile in view.tiles(sight()):
         for slot, position in enumerate(tile.positions[0].tolist()):
             if position >= 0:
                 seen[position] = (tile.keys[0, 0, slot].clone(), tile.values[0, 1, slot].clone())

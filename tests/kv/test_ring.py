@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from foveal.core.errors import ArgumentError
 from foveal.kv.cache import CacheShape, Window
 from foveal.kv.ring import RingBuffer, RingCache
+from sights import sight
 
 ONE = CacheShape(num_layers=1, batch=1, num_kv_heads=1, head_dim=1, value_dim=1)
 
@@ -67,7 +68,7 @@ def test_window_smaller_than_the_sinks_is_refused() -> None:
 def held(cache: RingCache) -> list[int]:
     """What the cache holds, each key being its position."""
     k = torch.full((1, 1, 1, 1), float(cache.length))
-    (tile,) = cache.append(0, k, k).tiles()
+    (tile,) = cache.append(0, k, k).tiles(sight())
     assert tile.positions is not None
     real = tile.positions[0] >= 0
     assert torch.equal(tile.keys[0, 0, real, 0], tile.positions[0, real].float())
@@ -87,7 +88,7 @@ def test_sinks_are_the_first_tokens_not_the_pads() -> None:
     cache.append(0, pads, pads, torch.full((1, 4), -1))
     for position in range(8):
         k = torch.full((1, 1, 1, 1), float(position))
-        (tile,) = cache.append(0, k, k, torch.tensor([[position]])).tiles()
+        (tile,) = cache.append(0, k, k, torch.tensor([[position]])).tiles(sight())
     assert sorted(tile.positions[0].tolist()) == [0, 1, 5, 6, 7]
     assert cache.length == 12
 
@@ -97,7 +98,7 @@ def test_memory_is_fixed_and_one_token_moves_nothing() -> None:
     k = torch.zeros(1, 1, 1, 1)
     places = set()
     for _ in range(30):
-        (tile,) = cache.append(0, k, k).tiles()
+        (tile,) = cache.append(0, k, k).tiles(sight())
         places.add(tile.keys.data_ptr())
     assert len(places) == 1
     assert cache.nbytes == 2 * (4 + 1 + 1) * 4, "and one slot for what is not kept"

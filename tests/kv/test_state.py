@@ -10,6 +10,7 @@ from foveal.kv.cache import CacheShape, ResumableCache, Window
 from foveal.kv.paged import PagedCache
 from foveal.kv.ring import RingCache
 from foveal.kv.store import PageStore
+from sights import sight
 
 SHAPE = CacheShape(num_layers=2, batch=2, num_kv_heads=1, head_dim=4, value_dim=2)
 
@@ -29,7 +30,7 @@ def step(cache: ResumableCache, positions: torch.Tensor) -> list[torch.Tensor]:
     rng = torch.Generator().manual_seed(cache.length)
     for layer in range(2):
         k, v = (torch.randn(2, 1, positions.shape[1], n, generator=rng) for n in (4, 2))
-        for tile in cache.append(layer, k, v, positions).tiles():
+        for tile in cache.append(layer, k, v, positions).tiles(sight()):
             seen += [tile.keys.clone(), tile.values.clone(), tile.positions.clone()]
     return seen
 

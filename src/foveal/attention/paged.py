@@ -6,16 +6,16 @@ widened as a whole. Portable, exact to rounding, for inference. The temporaries 
 keys and values and one result of the queries' size.
 
 Keys keep the rotation of their absolute position, so distances within a window are right for ever.
-Sinks are attended to apart, by queries rotated as if the sinks stood right before the window
-(`Window.from_sinks`): no query meets a distance that is longer than what is kept, and no key is
-ever rewritten.
+Sinks, and whatever else a view calls far, are attended to apart, by queries rotated as if those
+keys stood right before the window (`Window.from_sinks`): no query meets a distance that is longer
+than what is kept, and no key is ever rewritten.
 
 `attend_view` takes [B, H, T, D] queries, as a model's layers have them; `attend_paged` takes
 sequences of different lengths packed together: decoding and chunks of prompts in one call.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -26,21 +26,18 @@ from foveal.attention.spec import AttentionSpec
 from foveal.attention.validate import read_bounds
 from foveal.core.dtypes import accumulate_dtype
 from foveal.core.errors import ArgumentError
-from foveal.kv.cache import KVView, View, Window
+from foveal.kv.cache import KVView, Sight, View, Window
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """Queries, and where they are."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Terms:
+    """How one call computes."""
 
-    q: torch.Tensor
-    """[B, H, T, D]"""
-    positions: torch.Tensor
-    """int [B, T], -1 for pads."""
-    sink_q: torch.Tensor
-    """[B, H, T, D]: the queries as sinks see them."""
+    spec: AttentionSpec
+    backend: str
+    memory_budget: int | None
 
 
 def attend_view(
@@ -49,14 +46,16 @@ def attend_view(
     spec: AttentionSpec,
     *,
     q_positions: torch.Tensor | None = None,
-    sink_q: torch.Tensor | None = None,
+    far_q: torch.Tensor | None = None,
     backend: str = "auto",
+    memory_budget: int | None = None,
 ) -> torch.Tensor:
     """Attention of q [B, H, T, D] over everything that a cache holds: out [B, H, T, Dv].
 
     `q_positions` is int [B, T], -1 for pads; None where queries are the last slots of a view that
-    is one tile without positions. `sink_q` [B, H, T, D] is q as the sinks see it, rotated at
-    `Window.from_sinks`; None where it is the same. Arguments and errors otherwise as `attend`.
+    is one tile without positions. `far_q` [B, H, T, D] is q as sinks and other far keys see it,
+    rotated at `Window.from_sinks`; None where it is the same. Arguments and errors otherwise as
+    `attend`.
     """
     if isinstance(view, KVView):
         return attend(
@@ -65,13 +64,15 @@ def attend_view(
             view.values,
             spec,
             backend=backend,
+            memory_budget=memory_budget,
             q_positions=q_positions,
             kv_positions=view.positions,
         )
     if q_positions is None:
         raise ArgumentError("q_positions", None, "int [B, T]: this cache's slots are in no order")
-    rows = Rows(q, q_positions, q if sink_q is None else sink_q)
-    return _over_tiles(rows, view, spec, backend)[0].to(q.dtype)
+    terms = _Terms(spec=spec, backend=backend, memory_budget=memory_budget)
+    far_q = q if far_q is None else far_q
+    return _over_tiles((q, far_q), q_positions, view, terms)[0].to(q.dtype)
 
 
 def attend_paged(
@@ -81,13 +82,14 @@ def attend_paged(
     cu_seqlens_q: torch.Tensor,
     q_positions: torch.Tensor,
     *,
-    sink_q: torch.Tensor | None = None,
+    far_q: torch.Tensor | None = None,
     sink_logits: torch.Tensor | None = None,
     backend: str = "auto",
+    memory_budget: int | None = None,
 ) -> Result:
     """Attention of packed queries, each sequence over its own row of the view.
 
-    q (and `sink_q`, see `attend_view`) is [tokens, H, D] in the dtype of the view's tiles;
+    q (and `far_q`, see `attend_view`) is [tokens, H, D] in the dtype of the view's tiles;
     sequence i has the queries `cu_seqlens_q[i]` up to `cu_seqlens_q[i + 1]` (integers [N + 1]; a
     sequence may have none) and row i of the view. `q_positions` is int [tokens]. `sink_logits` [H]
     join every softmax.
@@ -97,13 +99,13 @@ def attend_paged(
     Raises `ArgumentError`, and what `attend` raises.
     """
     bounds = _check_packed(q, view, cu_seqlens_q, q_positions)
-    sink_q = q if sink_q is None else sink_q
+    far_q = q if far_q is None else far_q
+    terms = _Terms(spec=spec, backend=backend, memory_budget=memory_budget)
     out = q.new_zeros((*q.shape[:2], spec.value_dim))
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=accumulate_dtype(q.dtype))
     for index, tokens in _alike(bounds, q_positions):
-        queries, seen_by_sinks = (x[tokens].transpose(1, 2) for x in (q, sink_q))
-        rows = Rows(queries, q_positions[tokens], seen_by_sinks)
-        part = _over_tiles(rows, view.rows(index), spec, backend)
+        queries = (q[tokens].transpose(1, 2), far_q[tokens].transpose(1, 2))
+        part = _over_tiles(queries, q_positions[tokens], view.rows(index), terms)
         if sink_logits is not None:
             part = with_sink(*part, sink_logits)
         out[tokens] = part[0].transpose(1, 2).to(q.dtype)
@@ -159,38 +161,86 @@ def _alike(bounds: list[int], q_positions: torch.Tensor) -> list[tuple[torch.Ten
     ]
 
 
-def _over_tiles(rows: Rows, view: View, spec: AttentionSpec, backend: str) -> Result:
-    """`out` in the dtype of sums, and `lse`, over all tiles of a view."""
-    if spec.dropout:
-        raise ArgumentError("spec", f"dropout {spec.dropout}", "no dropout over a cache's tiles")
-    q, window, wide = rows.q, view.window, accumulate_dtype(rows.q.dtype)
-    near = narrow(spec, window)
-    out = q.new_zeros((*q.shape[:3], spec.value_dim), dtype=wide)
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
-    for tile in view.tiles():
-        sinks, rest = (None, tile) if window is None else _split(tile, window.sinks)
-        parts = [_attend(q, rows.positions, rest, near, backend)]
-        if sinks is not None and window is not None:
-            seen = window.from_sinks(rows.positions)
-            parts.append(_attend(rows.sink_q, seen, sinks, spec, backend))
-        for part in parts:
-            out, lse = merge((out, part[0]), (lse, part[1]))
-    return out, lse
-
-
-def _attend(
-    q: torch.Tensor, positions: torch.Tensor, tile: KVView, spec: AttentionSpec, backend: str
+def _over_tiles(
+    queries: tuple[torch.Tensor, torch.Tensor],
+    positions: torch.Tensor,
+    view: View,
+    terms: _Terms,
 ) -> Result:
+    """`out` in the dtype of sums, and `lse`, over all tiles of a view; `queries` are near and far
+    [B, H, T, D]."""
+    if terms.spec.dropout:
+        raise ArgumentError("spec", f"dropout {terms.spec.dropout}", "no dropout over tiles")
+    q, wide = queries[0], accumulate_dtype(queries[0].dtype)
+    near = replace(terms, spec=narrow(terms.spec, view.window))
+    out = q.new_zeros((*q.shape[:3], terms.spec.value_dim), dtype=wide)
+    sight = Sight(
+        q=q,
+        far_q=queries[1],
+        positions=positions,
+        scale=terms.spec.resolved_scale,
+        first=_first_visible(near.spec, terms.spec.sinks, positions),
+        lse=q.new_full(q.shape[:3], -torch.inf, dtype=wide),
+    )
+    for tile in view.tiles(sight):
+        parts = [_attend(sight, part, near, terms) for part in _parts(tile, view.window, positions)]
+        sight.tile_lse = parts[0][1]
+        for _, lse in parts[1:]:
+            sight.tile_lse = torch.logaddexp(sight.tile_lse, lse)
+        for part in parts:
+            if tile.heads is None:
+                out, sight.lse = merge((out, part[0]), (sight.lse, part[1]))
+            else:
+                index = _query_heads(tile.heads, terms.spec.group_size)
+                merged = merge((out[:, index], part[0]), (sight.lse[:, index], part[1]))
+                out[:, index], sight.lse[:, index] = merged
+    return out, sight.lse
+
+
+def _first_visible(near: AttentionSpec, own_sinks: int, positions: torch.Tensor) -> int:
+    """The lowest position that any query may see, sinks of the cache aside."""
+    real = positions[positions >= 0]
+    if near.left is None or own_sinks or not real.numel():
+        return 0
+    return max(0, int(real.min()) - near.left)
+
+
+def _query_heads(kv_heads: torch.Tensor, group_size: int) -> torch.Tensor:
+    """int64 [n * G]: the query heads that share these KV heads."""
+    offsets = torch.arange(group_size, device=kv_heads.device)
+    return (kv_heads.unsqueeze(1) * group_size + offsets).flatten()
+
+
+def _attend(sight: Sight, tile: KVView, near: _Terms, far: _Terms) -> Result:
+    """One tile alone, seen from where its keys are."""
+    terms, q, positions = near, sight.q, sight.positions
+    if tile.q_positions is not None:
+        terms, q, positions = far, sight.far_q, tile.q_positions
+    spec = terms.spec
+    if tile.heads is not None:
+        q = q[:, _query_heads(tile.heads, spec.group_size)]
+        spec = spec.of_heads(tile.heads.tolist())
     return attend(
         q,
         tile.keys,
         tile.values,
         spec,
-        backend=backend,
+        backend=terms.backend,
         return_lse=True,
+        memory_budget=terms.memory_budget,
         q_positions=positions,
         kv_positions=tile.positions,
     )
+
+
+def _parts(tile: KVView, window: Window | None, positions: torch.Tensor) -> list[KVView]:
+    """A tile's keys that are not sinks, and its sinks, which are far, if there are any."""
+    if window is None or tile.q_positions is not None:
+        return [tile]
+    sinks, rest = _split(tile, window.sinks)
+    if sinks is None:
+        return [rest]
+    return [rest, replace(sinks, q_positions=window.from_sinks(positions))]
 
 
 def _split(tile: KVView, num_sinks: int) -> tuple[KVView | None, KVView]:
@@ -210,6 +260,6 @@ def _split(tile: KVView, num_sinks: int) -> tuple[KVView | None, KVView]:
     )
     hidden = tile.positions.masked_fill(is_sink.any(1), -1)
     return (
-        KVView(keys, values, torch.where(found, sinks, -1)),
-        KVView(tile.keys, tile.values, hidden),
+        replace(tile, keys=keys, values=values, positions=torch.where(found, sinks, -1)),
+        replace(tile, positions=hidden),
     )

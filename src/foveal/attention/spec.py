@@ -14,6 +14,7 @@ give zeros and a log-sum-exp of minus infinity.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Self, TypedDict, Unpack
@@ -157,6 +158,17 @@ class AttentionSpec:
     def replace(self, **fields: Unpack[SpecFields]) -> Self:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **fields)
+
+    def of_heads(self, kv_heads: Sequence[int]) -> Self:
+        """The same of some KV heads only, and of the query heads that share them."""
+        groups = [range(h * self.group_size, (h + 1) * self.group_size) for h in kv_heads]
+        slopes = self.alibi and tuple(self.alibi[h] for group in groups for h in group)
+        return dataclasses.replace(
+            self,
+            num_heads=len(groups) * self.group_size,
+            num_kv_heads=len(groups),
+            alibi=slopes,
+        )
 
     def _check_sizes(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_dim", "value_dim"):

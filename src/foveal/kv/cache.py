@@ -7,11 +7,12 @@ every sequence of the batch; a slot that holds a pad has position -1.
 
 Attention computes on a view tile by tile and merges the tiles by their log-sum-exp. A contiguous
 cache is one tile; a ring, pages and quantised pages are several, of which one at a time is in the
-form that attention needs.
+form that attention needs. A view is told who looks (`Sight`), so that it may leave out what they
+cannot see, watch what they attend to, or choose by it what to fetch.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import torch
@@ -64,6 +65,30 @@ class Window:
         return positions.clamp(max=self.span - 1)
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
+class Sight:
+    """Queries that look at a view, and what has come of it so far.
+
+    `lse` and `tile_lse` are written by attention after each tile, so that they can be read when
+    the next tile is asked for.
+    """
+
+    q: torch.Tensor
+    """[B, H, T, D]"""
+    far_q: torch.Tensor
+    """[B, H, T, D]: the queries as far keys see them: rotated at `Window.from_sinks`."""
+    positions: torch.Tensor
+    """int [B, T], -1 for pads."""
+    scale: float
+    """Factor on q . k."""
+    first: int
+    """No query sees a key at a position below this one."""
+    lse: torch.Tensor
+    """[B, H, T]: log-sum-exp of the scores of all tiles so far; -inf before the first."""
+    tile_lse: torch.Tensor | None = None
+    """[B, H, T]: of the last tile alone; of its heads' queries where it is of some heads only."""
+
+
 class View(Protocol):
     """The keys and values of one layer."""
 
@@ -75,8 +100,9 @@ class View(Protocol):
     def num_rows(self) -> int:
         """Sequences."""
 
-    def tiles(self) -> "Iterator[KVView]":
-        """Disjoint parts that together hold every key, each valid until the next is asked for."""
+    def tiles(self, sight: Sight) -> "Iterator[KVView]":
+        """Disjoint parts, each valid until the next is asked for, that together hold every key
+        that these queries are to see."""
 
     def rows(self, index: torch.Tensor) -> "View":
         """The same of some of the sequences, int64 [n]."""
@@ -92,6 +118,12 @@ class KVView:
     """[B, Hkv, S, Dv]"""
     positions: torch.Tensor | None
     """int64 [B, S], -1 where a slot holds nothing; None where slot j holds position j."""
+    q_positions: torch.Tensor | None = None
+    """int [B, T]: where the queries stand for far keys, which `Sight.far_q` looks at; None for
+    keys that are seen from where the queries are."""
+    heads: torch.Tensor | None = None
+    """int64 [n]: the KV heads that see this part, ascending, of which alone it holds keys
+    [B, n, S, D]; None for all."""
 
     @property
     def valid(self) -> torch.Tensor | None:
@@ -108,14 +140,14 @@ class KVView:
         """Sequences."""
         return self.keys.shape[0]
 
-    def tiles(self) -> "Iterator[KVView]":
+    def tiles(self, sight: Sight) -> "Iterator[KVView]":
         """Itself: it is one tile."""
         yield self
 
     def rows(self, index: torch.Tensor) -> "KVView":
         """The same of some of the sequences; copies them."""
         positions = None if self.positions is None else self.positions[index]
-        return KVView(self.keys[index], self.values[index], positions)
+        return replace(self, keys=self.keys[index], values=self.values[index], positions=positions)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,10 +162,10 @@ class JoinedView:
         """Sequences."""
         return self.parts[0].num_rows
 
-    def tiles(self) -> Iterator[KVView]:
+    def tiles(self, sight: Sight) -> Iterator[KVView]:
         """The tiles of each part in turn."""
         for part in self.parts:
-            yield from part.tiles()
+            yield from part.tiles(sight)
 
     def rows(self, index: torch.Tensor) -> "JoinedView":
         """The same of some of the sequences."""

@@ -12,7 +12,7 @@ import torch
 
 from foveal.core.errors import ArgumentError
 from foveal.kv.arena import Arena
-from foveal.kv.cache import CacheShape, KVView, Window
+from foveal.kv.cache import CacheShape, KVView, Sight, Window
 from foveal.kv.formats import Format, Stored, parse_format
 from foveal.kv.pages import PagePool
 
@@ -220,14 +220,16 @@ class PagedView:
             self, table=table[:, used], starts=starts[:, used], lengths=self.lengths[index]
         )
 
-    def tiles(self) -> Iterator[KVView]:
-        """Some pages of each sequence at a time, gathered and decoded."""
+    def tiles(self, sight: Sight) -> Iterator[KVView]:
+        """Some pages of each sequence at a time, gathered and decoded; columns that hold nothing
+        but sinks and what no query sees are passed over."""
         size = self.store.page_size
         num_columns = max(1, _TILE_TOKENS // size)
         offsets = torch.arange(size, device=self.table.device)
-        for begin in range(0, self.table.shape[1], num_columns):
+        all_table, all_starts = self._seen(sight.first)
+        for begin in range(0, all_table.shape[1], num_columns):
             columns = slice(begin, begin + num_columns)
-            table, starts = self.table[:, columns], self.starts[:, columns]
+            table, starts = all_table[:, columns], all_starts[:, columns]
             positions = starts.unsqueeze(2) + offsets
             there = (table >= 0).unsqueeze(2) & (positions < self.lengths[:, None, None])
             with self.store.arena.frame():
@@ -237,3 +239,11 @@ class PagedView:
                     for x in self.store.read(self.layer, pages, self.dtype)
                 )
                 yield KVView(k, v, torch.where(there, positions, -1).flatten(1))
+
+    def _seen(self, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables and starts without the columns that hold only positions below `first` and no
+        sinks."""
+        sinks = 0 if self.window is None else self.window.sinks
+        seen = (self.starts + self.store.page_size > first) | (self.starts < sinks)
+        used = (seen & (self.table >= 0)).any(0)
+        return self.table[:, used], self.starts[:, used]

@@ -180,7 +180,7 @@ class Decoder(nn.Module):
             return rotations  # nothing is evicted yet
         seen = window.from_sinks(positions)
         return {
-            rope: replace(rotation, sinks=Rotation.at(rope, seen, length, dtype))
+            rope: replace(rotation, far=Rotation.at(rope, seen, length, dtype))
             for rope, rotation in rotations.items()
         }
 

@@ -63,15 +63,15 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, rotation: Rotation | None, step: Step) -> torch.Tensor:
         """`rotation` is None where positions were added to the embedding."""
         q, k, v = self._project(x)
-        sink_q = None
+        far_q = None
         if rotation is not None:
-            sink_q = None if rotation.sinks is None else rotation.sinks.apply(q)
+            far_q = None if rotation.far is None else rotation.far.apply(q)
             q, k = rotation.apply(q), rotation.apply(k)
         view: View = KVView(k, v, step.positions)
         if step.cache is not None:
             view = step.cache.append(self.layer, k, v, step.positions)
         heads = attend_view(
-            q, view, self.spec, q_positions=step.positions, sink_q=sink_q, backend=step.backend
+            q, view, self.spec, q_positions=step.positions, far_q=far_q, backend=step.backend
         )
         out: torch.Tensor = self.output(heads.transpose(1, 2).flatten(2))
         return out

@@ -40,8 +40,8 @@ class Rotation:
 
     cos: torch.Tensor
     sin: torch.Tensor
-    sinks: "Rotation | None" = None
-    """The rotation of queries for sinks, where it is another (`Window.from_sinks`)."""
+    far: "Rotation | None" = None
+    """The rotation of queries for far keys, where it is another (`Window.from_sinks`)."""
 
     @classmethod
     def at(
