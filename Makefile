@@ -26,7 +26,9 @@ check: $(STAMP)
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt
+NATIVE := $(wildcard src/foveal/kernels/cpu/*.cpp src/foveal/kernels/cpu/*.h)
+
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt src/foveal/kernels/cpu/CMakeLists.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "foveal needs Python 3.11 or newer; found %d.%d. Try: make PYTHON=python3.11" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

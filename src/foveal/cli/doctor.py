@@ -121,9 +121,11 @@ def _compiler() -> Finding:
 
 
 def _native() -> Finding:
-    present = importlib.util.find_spec("foveal.kernels.cpu") is not None
-    detail = "the compiled CPU kernels" if present else "not in this build: portable kernels"
-    return Finding(name="native extension", present=present, detail=detail)
+    from foveal.kernels.available import native
+
+    found = native()
+    detail = found.detail if found.present else f"portable kernels; {found.detail}"
+    return Finding(name="native kernels", present=found.present, detail=detail, remedy=found.remedy)
 
 
 def _triton(facts: Json) -> Finding:

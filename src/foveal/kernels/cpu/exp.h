@@ -1,0 +1,50 @@
+// Exponential and hyperbolic tangent of vectors.
+//
+// 2^x = 2^n * 2^f with n the nearest integer and f in [-1/2, 1/2]: a polynomial for 2^f (minimax
+// of relative error, degree 6), and n put into the exponent. NaN stays NaN.
+#pragma once
+
+#include "vec.h"
+
+namespace foveal::FOVEAL_ISA {
+
+inline constexpr float kLog2E = 1.44269504088896340736f;
+
+// 2^x for x up to 127, at most about 1 unit in the last place off; results below 2^-126 may be 0,
+// and from x = -127 down, -inf included, they are.
+inline F32 exp2(F32 x) {
+  // Added, this leaves round(x) + 127 in the lowest bits.
+  constexpr float kRound = 0x1.8p23f + 127.0f;
+  x = x < -127.0f ? splat(-127.0f) : x;
+  const F32 shifted = x + kRound;
+  const F32 f = x - (shifted - kRound);
+  F32 p = splat(0x1.470b52p-13f);
+  p = p * f + 0x1.5f7278p-10f;
+  p = p * f + 0x1.3b270ep-7f;
+  p = p * f + 0x1.c6ae72p-5f;
+  p = p * f + 0x1.ebfbe2p-3f;
+  p = p * f + 0x1.62e432p-1f;
+  p = p * f + 1.0f;
+  return p * from_bits(bits(shifted) << 23);
+}
+
+// e^x for x up to 88; as exp2, plus the rounding of x * log2(e).
+inline F32 exp(F32 x) { return exp2(x * kLog2E); }
+
+// At most about 2 units in the last place off: an odd polynomial (Cephes, tanhf) near 0, where the
+// quotient of exponentials would cancel.
+inline F32 tanh(F32 x) {
+  const F32 size = from_bits(bits(x) & 0x7fffffff);
+  const F32 t = exp2(size * (-2 * kLog2E));
+  const F32 far = (1.0f - t) / (1.0f + t);
+  const F32 square = x * x;
+  F32 p = splat(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const F32 near = p * square * x + x;
+  return size < 0.625f ? near : from_bits(bits(far) | (bits(x) & 0x80000000));
+}
+
+}  // namespace foveal::FOVEAL_ISA

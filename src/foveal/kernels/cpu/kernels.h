@@ -1,0 +1,24 @@
+// The kernels of one instruction set, and the table of them that the dispatcher picks from.
+#pragma once
+
+#include <cstdint>
+
+
+namespace foveal {
+
+// Functions of one element, to be tested against higher precision.
+enum class Function : int64_t { kExp2, kExp, kTanh, kToBFloat16AndBack, kToFloat16AndBack };
+
+struct Kernels {
+  const char* isa;
+  bool (*runs_here)();
+  void (*evaluate)(Function function, const float* x, float* y, int64_t count);
+};
+
+#if defined(__x86_64__)
+extern const Kernels kernels_sse2, kernels_avx2, kernels_avx512;
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon;
+#endif
+
+}  // namespace foveal
