@@ -193,8 +193,8 @@ def test_files_that_are_not_its_state_are_refused(llm: LLM, tmp_path: Path) -> N
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(LoadError, match="damaged"):
             Session.load(path, llm)
-    path.write_bytes(whole.replace(b'"foveal-session":"1"', b'"foveal-session":"2"'))
-    with pytest.raises(LoadError, match="version 2; this foveal reads 1"):
+    path.write_bytes(whole.replace(b'"foveal-session":"2"', b'"foveal-session":"1"'))
+    with pytest.raises(LoadError, match="version 1; this foveal reads 2"):
         Session.load(path, llm)
     write_tiny_model(other, seed=1)
     path.write_bytes(whole)

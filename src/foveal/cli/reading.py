@@ -18,7 +18,6 @@ from foveal.core.files import write_text
 from foveal.core.signals import interruptible
 from foveal.core.units import format_bytes, format_s
 from foveal.engine.llm import LLM
-from foveal.engine.policy import find_policy
 from foveal.engine.session import Session
 from foveal.engine.trail import Point, Trail
 from foveal.text.blocks import read_blocks
@@ -40,12 +39,13 @@ class Result:
 def heading(session: Session) -> str:
     """What is remembered, and what that takes."""
     config, need = session.config, session.need
-    policy = find_policy(config.policy)
+    policy = config.policy
+    disk = f", up to {format_bytes(need.disk_bytes)} on disk" if need.disk_bytes else ""
     return (
         f"policy {policy.name} keeps {policy.keeps} and costs {policy.costs}\n"
         f"{config.sinks} sinks, window {config.window}, in {config.kv}: "
         f"cache {format_bytes(need.cache_bytes)}, a step of {config.chunk} tokens about "
-        f"{format_bytes(need.step_bytes)} (estimate)"
+        f"{format_bytes(need.step_bytes)} (estimate){disk}"
     )
 
 
@@ -134,7 +134,7 @@ def document(session: Session, llm: LLM, result: Result, file: str) -> dict[str,
     return {
         "model": str(llm.directory),
         "file": file,
-        "config": asdict(session.config),
+        "config": session.config.facts(),
         "summary": result.trail.summary(),
         "stream": {
             "tokens": stats.num_tokens,
@@ -142,6 +142,8 @@ def document(session: Session, llm: LLM, result: Result, file: str) -> dict[str,
             "bits_per_token": stats.bits_per_token,
             "cache": asdict(stats.cache),
             "step_bytes_estimate": stats.need.step_bytes,
+            "disk_bytes": stats.need.disk_bytes,
+            "remarks": stats.cache.remarks,
         },
         "next_byte": result.next_byte,
         "stopped": result.stopped,
@@ -172,7 +174,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     cache = found["stream"]["cache"]
     held, there = format_bytes(cache["used_bytes"]), format_bytes(cache["allocated_bytes"])
     out.append(f"cache: {held} of {there}; {found['stream']['forgotten']:,} tokens forgotten")
-    return out
+    return out + list(found["stream"]["remarks"])
 
 
 def check_report(path: Path) -> None:

@@ -28,8 +28,8 @@ def page(found: dict[str, Any], lines: list[str]) -> str:
     """The page of one run, from its document and the lines that sum it up."""
     config = found["config"]
     settings = (
-        f"model {found['model']}; policy {config['policy']}: window {config['window']}, sinks "
-        f"{config['sinks']}, {config['kv']}; steps of {config['chunk']} tokens"
+        f"model {found['model']}; policy {config['policy']['name']}: window {config['window']}, "
+        f"sinks {config['sinks']}, {config['kv']}; steps of {config['chunk']} tokens"
     )
     if config["memory"] is not None:
         settings += f"; cap {format_bytes(config['memory'])}"

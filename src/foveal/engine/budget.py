@@ -34,10 +34,12 @@ class Need:
     """Allocated once and for ever."""
     step_bytes: int
     """Alive at most while a step is computed. An estimate."""
+    disk_bytes: int = 0
+    """Files, at most; not of the total."""
 
     @property
     def total_bytes(self) -> int:
-        """Of both."""
+        """Of memory."""
         return self.cache_bytes + self.step_bytes
 
 
@@ -77,7 +79,7 @@ class Stream:
             + tokens * elements * 4
             + choose(spec, workload, backend=self.backend).chosen.workspace_bytes
         )
-        return Need(cache_bytes, step_bytes)
+        return Need(cache_bytes, step_bytes, self.policy.disk_bytes(self.window, self.storage))
 
     def within(self, memory: int | None, step_tokens: int | None) -> "Stream":
         """This stream with steps of `step_tokens`, or else the largest that fit `memory` bytes.

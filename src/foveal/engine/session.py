@@ -12,7 +12,7 @@ promises, in a step of any size.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Self
@@ -26,7 +26,8 @@ from foveal.engine import state
 from foveal.engine.answer import Answer
 from foveal.engine.budget import Need, Stream
 from foveal.engine.llm import LLM
-from foveal.engine.policy import Storage, find_policy
+from foveal.engine.policies.catalogue import find_policy, policy_facts, policy_of
+from foveal.engine.policy import Policy, Storage
 from foveal.engine.request import Completion, Piece, Request, SamplingParams, check_ids
 from foveal.engine.sampler import Draw, report, sample
 from foveal.kv.cache import CacheStats
@@ -39,7 +40,7 @@ from foveal.text.tokenizer import Tokenizer
 class SessionConfig:
     """How a session remembers; what a saved state is taken up with."""
 
-    policy: str
+    policy: Policy
     window: int
     """Last tokens that are kept, a query's own included."""
     sinks: int
@@ -50,6 +51,14 @@ class SessionConfig:
     """Bytes that cache and step may take, beside the weights."""
     chunk: int
     """Tokens of a step at most."""
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make such a session."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def facts(self) -> dict[str, Any]:
+        """The same, as JSON can hold it."""
+        return {**self.settings(), "policy": policy_facts(self.policy)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,13 +88,14 @@ class Session:
         *,
         window: int | None = None,
         sinks: int | None = None,
-        policy: str = "sinks",
+        policy: str | Policy = "sinks",
         memory: int | None = None,
         kv: str | None = None,
         chunk: int | None = None,
     ) -> None:
         """An empty session. A `Decoder` takes and gives token ids only, an `LLM` text, too.
 
+        `policy` is one of `engine/policies/`, or the name of one for its default settings.
         `window` None is what the model's context leaves beside the sinks; `sinks` None is what the
         policy says; `kv` None is the model's dtype; `chunk` None is the largest of 256, 128, ...
         that fits. `memory` caps the bytes of cache and step beside the weights: the cache is
@@ -102,10 +112,10 @@ class Session:
         for name, value in (("memory", memory), ("chunk", chunk)):
             if value is not None and value < 1:
                 raise ArgumentError(name, value, "an integer of at least 1")
-        stream = self._plan(window, sinks, policy, kv).within(memory, chunk)
+        stream = self._plan(window, sinks, find_policy(policy), kv).within(memory, chunk)
         self.need = stream.need()
         self.config = SessionConfig(
-            policy=policy,
+            policy=stream.policy,
             window=stream.window.size,
             sinks=stream.window.sinks,
             kv=stream.storage.format,
@@ -189,11 +199,15 @@ class Session:
 
     def fork(self) -> Self:
         """An independent session in the same state; takes as much memory again."""
-        other = type(self)(self._llm or self.model, **asdict(self.config))
+        other = type(self)(self._llm or self.model, **self.config.settings())
         other._cache.restore(self._cache.state())
         other._next = self._next
         other._bits, other._num_predicted = self._bits, self._num_predicted
         return other
+
+    def close(self) -> None:
+        """Give back what lies outside of memory: files and threads of the policy's cache."""
+        self.config.policy.close(self._cache)
 
     def reset(self) -> None:
         """Forget everything; memory stays allocated."""
@@ -209,7 +223,7 @@ class Session:
         """
         header = {
             "model": fingerprint(self.model),
-            "config": asdict(self.config),
+            "config": self.config.facts(),
             "totals": [self._bits, self._num_predicted],
         }
         tensors = {f"cache.{name}": tensor for name, tensor in self._cache.state().items()}
@@ -225,7 +239,8 @@ class Session:
         """
         decoder = model.model if isinstance(model, LLM) else model
         header, tensors = state.read(Path(path), fingerprint(decoder))
-        session = cls(model, **header["config"])
+        settings = {**header["config"], "policy": policy_of(header["config"]["policy"])}
+        session = cls(model, **settings)
         session._restore(header["totals"], tensors)
         return session
 
@@ -236,9 +251,11 @@ class Session:
         self._next = None if stored is None else stored.to(self.model.device)
         self._bits, self._num_predicted = float(totals[0]), int(totals[1])
 
-    def _plan(self, window: int | None, sinks: int | None, policy: str, kv: str | None) -> Stream:
-        config, found = self.model.config, find_policy(policy)
-        sinks = found.sinks if sinks is None else sinks
+    def _plan(
+        self, window: int | None, sinks: int | None, policy: Policy, kv: str | None
+    ) -> Stream:
+        config = self.model.config
+        sinks = policy.sinks if sinks is None else sinks
         size = config.max_positions - sinks if window is None else window
         storage = Storage(
             shape=config.cache_shape(1),
@@ -246,8 +263,9 @@ class Session:
             format=kv or dtype_name(self.model.dtype),
             device=self.model.device,
             step_tokens=1,
+            ropes=config.ropes,
         )
-        return Stream(self.model, found, found.window(size, sinks), storage, self._backend)
+        return Stream(self.model, policy, policy.window(size, sinks), storage, self._backend)
 
     def _tokenizer(self, purpose: str) -> Tokenizer:
         if self._llm is None:
@@ -271,13 +289,16 @@ class Session:
 
     @torch.inference_mode()
     def _step(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        started = perf_counter()
         given = torch.tensor([ids], device=self.model.device)
         logits = self.model(given, cache=self._cache, backend=self._backend)[0]
         first = torch.full_like(logits[:1], math.nan) if self._next is None else self._next[None]
         predicted = torch.cat([first, logits[:-1]]).float()
         nats = F.cross_entropy(predicted, given[0], reduction="none")
         self._next = logits[-1].clone()
-        return logits, (nats / math.log(2)).cpu()
+        bits = (nats / math.log(2)).cpu()
+        self.config.policy.after_step(self._cache, len(ids), perf_counter() - started)
+        return logits, bits
 
     def _pieces(self, answer: Answer, draw: Draw) -> Iterator[Piece]:
         while answer.finish_reason is None:

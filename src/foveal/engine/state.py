@@ -19,7 +19,7 @@ from foveal.core.errors import ArgumentError, LoadError
 from foveal.core.files import atomic_path
 from foveal.models.fingerprint import digest
 
-_VERSION = "1"
+_VERSION = "2"
 
 
 def write(path: Path, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:

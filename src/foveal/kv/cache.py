@@ -185,6 +185,11 @@ class CacheStats:
     num_growths: int
     """How often what was there had to be copied into a larger allocation."""
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Lines for a reader, of caches with more to tell: their stats are a class of their own."""
+        return ()
+
 
 class KVCache(Protocol):
     """Where the keys and values of the past live."""

@@ -115,6 +115,11 @@ class ModelConfig:
             return self.window_rope
         return self.rope
 
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The rotary positions of every layer; none where positions are learned."""
+        return tuple(rope for rope in map(self.rotary, range(self.num_layers)) if rope is not None)
+
     def spec(self, layer: int) -> AttentionSpec:
         """The attention of this layer."""
         window = self.window(layer)

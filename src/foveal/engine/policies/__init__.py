@@ -1,0 +1,1 @@
+"""The window policies, one file for each kind."""
