@@ -23,6 +23,7 @@ from foveal.nn.scaling import (
 from properties import examples
 
 FAR = 10**8
+YARN = YarnScaling(factor=4.0, original_length=64, attention_factor=1.2)
 
 
 def rotate(x: torch.Tensor, positions: list[int], config: RopeConfig) -> torch.Tensor:
@@ -69,6 +70,18 @@ def test_scores_depend_on_the_distance_alone(start: int, distance: int) -> None:
     near = rotate(q, [distance], config) @ rotate(k, [0], config).T
     far = rotate(q, [start + distance], config) @ rotate(k, [start], config).T
     assert (near - far).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("scaling", [NoScaling(), YARN], ids=["plain", "yarn"])
+@pytest.mark.parametrize("start", [0, 48, FAR])
+def test_what_is_turned_back_is_what_was_never_turned_so_far(scaling: Scaling, start: int) -> None:
+    config = RopeConfig(dim=6, scaling=scaling)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(start), dtype=torch.float64)
+    far = rotate(x, list(range(start, start + 5)), config)
+    back = Rotation.back(config, torch.tensor([[start]]), x.dtype).apply(far[None, None])[0, 0]
+    assert (back - rotate(x, list(range(5)), config)).abs().max() < 1e-7
+    single = Rotation.back(config, torch.tensor([[start]]), torch.float32)
+    assert (single.apply(far[None, None].float())[0, 0] - back).abs().max() < 1e-6
 
 
 def test_rounded_once() -> None:

@@ -53,11 +53,19 @@ class Rotation:
         scaling only. Pads (negative positions) are turned by nothing.
         """
         known = length if config.scaling.length_dependent else 0
-        frequencies = _frequencies(config, known, positions.device)
-        # float64 cosines reduce their argument modulo 2 pi with more digits of pi than we could.
-        angles = (positions.clamp(min=0).double().unsqueeze(-1) * frequencies).unsqueeze(1)
+        angles = _angles(config, positions, known)
         wide, factor = accumulate_dtype(dtype), config.scaling.attention_factor
         return cls((angles.cos() * factor).to(wide), (angles.sin() * factor).to(wide))
+
+    @classmethod
+    def back(cls, config: RopeConfig, positions: torch.Tensor, dtype: torch.dtype) -> "Rotation":
+        """The rotation that turns heads back by `positions`, as `at` gives them: of a key rotated
+        at p + d, turned back by p, is left what `at` makes of it at d, to rounding.
+
+        Not for length-dependent scaling, which need not have turned it by the same angles.
+        """
+        angles, wide = _angles(config, positions, 0), accumulate_dtype(dtype)
+        return cls(angles.cos().to(wide), -angles.sin().to(wide))
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Turn heads [B, H, T, D] (queries or keys); same shape and dtype."""
@@ -69,6 +77,13 @@ class Rotation:
             second * self.cos + first * self.sin,
         ]
         return torch.cat([*turned, rest], dim=-1).to(x.dtype)
+
+
+def _angles(config: RopeConfig, positions: torch.Tensor, length: int) -> torch.Tensor:
+    """float64 [B or 1, 1, T, dim / 2], of pads 0."""
+    frequencies = _frequencies(config, length, positions.device)
+    # float64 cosines reduce their argument modulo 2 pi with more digits of pi than we could.
+    return (positions.clamp(min=0).double().unsqueeze(-1) * frequencies).unsqueeze(1)
 
 
 @lru_cache(maxsize=256)
