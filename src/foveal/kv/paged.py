@@ -77,6 +77,11 @@ class PagedCache:
         return self._slots.next
 
     @property
+    def slots(self) -> Slots:
+        """Its counts."""
+        return self._slots
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the whole store, which other caches may share."""
         return self.store.nbytes
@@ -113,6 +118,23 @@ class PagedCache:
         if self._written == self.shape.num_layers:
             self._finish()
         return view
+
+    def view(self, layer: int) -> PagedView:
+        """What one layer holds between two steps."""
+        self._release_beyond()
+        return replace(self._view_up_to(self._slots.next.tolist()), layer=layer)
+
+    def leap(self, slots: Slots) -> None:
+        """Go on from these counts, as if the tokens in between had come and been forgotten.
+
+        Of a page in which a sequence goes on, the slots before are zero.
+        """
+        for table, start, end in zip(
+            self.tables, self._slots.next.tolist(), slots.next.tolist(), strict=True
+        ):
+            if start < end:
+                self._skip(table, start, end)
+        self._slots = slots.copy()
 
     def truncate(self, length: int) -> None:
         """Forget every slot from `length` on, if the window before it is still there."""
@@ -276,9 +298,29 @@ class PagedCache:
         rows = zip(self.tables, step.tolist(), strict=True)
         pages = [table.pages[p // size] for table, row in rows for p in row if p >= 0]
         self._pages = torch.tensor(pages, dtype=torch.int64, device=self.store.device)
-        self._view = PagedView.of(
-            self.store, [table.pages for table in self.tables], ends, self.dtype, self.window
-        )
+        self._view = self._view_up_to(ends)
+
+    def _view_up_to(self, ends: list[int]) -> PagedView:
+        """Layer 0 of all pages, each sequence up to its end."""
+        pages = [table.pages for table in self.tables]
+        return PagedView.of(self.store, pages, ends, self.dtype, self.window)
+
+    def _skip(self, table: PageTable, start: int, end: int) -> None:
+        """Let positions start .. end - 1 of one sequence be forgotten before they came."""
+        part, slot = divmod(end, self.store.page_size)
+        if slot:
+            if part not in table.pages:
+                (table.pages[part],) = self.store.pool.allocate()
+            page = table.pages[part]
+            skipped = torch.arange(max(0, slot - (end - start)), slot, device=self.store.device)
+            for layer in range(self.shape.num_layers):
+                zeros = (
+                    self._like.new_zeros(self.shape.num_kv_heads, len(skipped), size)
+                    for size in (self.shape.head_dim, self.shape.value_dim)
+                )
+                self.store.write(layer, torch.full_like(skipped, page), skipped, *zeros)
+            self.store.pool.fill(page, slot)
+        table.evicted = end
 
     def _secure(self, table: PageTable, start: int, end: int) -> None:
         """Make positions start .. end - 1 of one sequence writable."""

@@ -13,8 +13,9 @@ from typing import Self
 import torch
 
 from foveal.core.errors import ArgumentError
-from foveal.kv.cache import CacheStats, JoinedView, Window
+from foveal.kv.cache import CacheShape, CacheStats, JoinedView, Window
 from foveal.kv.paged import PagedCache
+from foveal.kv.slots import Slots
 from foveal.kv.store import PagedView, PageStore
 
 
@@ -53,6 +54,16 @@ class QuantisedCache:
         return self._recent.window
 
     @property
+    def shape(self) -> CacheShape:
+        """Of the wrapped cache."""
+        return self._recent.shape
+
+    @property
+    def slots(self) -> Slots:
+        """Its counts."""
+        return self._recent.slots
+
+    @property
     def nbytes(self) -> int:
         """Bytes of both stores, which other caches may share."""
         return self._recent.nbytes + self.store.nbytes
@@ -81,6 +92,16 @@ class QuantisedCache:
             self._encode()
             self._evict()  # after it, because attention is yet to read what is evicted
         return JoinedView(self.window, (replace(self._view, layer=layer), recent))
+
+    def view(self, layer: int) -> JoinedView:
+        """What one layer holds between two steps."""
+        ends = self.next_positions.tolist()
+        old = PagedView.of(self.store, self._old, ends, self._recent.dtype, self.window)
+        return JoinedView(self.window, (replace(old, layer=layer), self._recent.view(layer)))
+
+    def leap(self, slots: Slots) -> None:
+        """Go on from these counts; see `PagedCache.leap`."""
+        self._recent.leap(slots)
 
     def truncate(self, length: int) -> None:
         """Forget every slot from `length` on. A page that ends in the middle is decoded."""

@@ -117,6 +117,11 @@ class RingCache:
         return self._slots.next
 
     @property
+    def slots(self) -> Slots:
+        """Its counts."""
+        return self._slots
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
         return sum(t.nbytes for t in (*self._keys, *self._values))
@@ -156,6 +161,15 @@ class RingCache:
         if self._written == self.shape.num_layers:
             self._finish()
         return view
+
+    def view(self, layer: int) -> JoinedView:
+        """What one layer holds between two steps."""
+        self._forget_beyond()
+        return JoinedView(self.window, (self._ring(layer, self.capacity),))
+
+    def leap(self, slots: Slots) -> None:
+        """Go on from these counts, as if the tokens in between had come and been forgotten."""
+        self._slots = slots.copy()
 
     def truncate(self, length: int) -> None:
         """Forget every slot from `length` on, if the window before it is still there."""
