@@ -10,32 +10,41 @@ namespace foveal::FOVEAL_ISA {
 
 inline constexpr float kLog2E = 1.44269504088896340736f;
 
-// 2^x for x up to 127, at most about 1 unit in the last place off; results below 2^-126 may be 0,
-// and from x = -127 down, -inf included, they are.
-inline F32 exp2(F32 x) {
-  // Added, this leaves round(x) + 127 in the lowest bits.
-  constexpr float kRound = 0x1.8p23f + 127.0f;
-  x = x < -127.0f ? splat(-127.0f) : x;
-  const F32 shifted = x + kRound;
-  const F32 f = x - (shifted - kRound);
-  F32 p = splat(0x1.470b52p-13f);
-  p = p * f + 0x1.5f7278p-10f;
-  p = p * f + 0x1.3b270ep-7f;
-  p = p * f + 0x1.c6ae72p-5f;
-  p = p * f + 0x1.ebfbe2p-3f;
-  p = p * f + 0x1.62e432p-1f;
-  p = p * f + 1.0f;
-  return p * from_bits(bits(shifted) << 23);
-}
+// 2^(x * factor), for products up to 127. At most about 1 unit in the last place off, as the product
+// is not rounded where there are fused multiply-adds; results below 2^-126 may be 0, and where the
+// product is at most -127 they are.
+struct Power {
+  float factor;
+  float floor;
 
-// e^x for x up to 88; as exp2, plus the rounding of x * log2(e).
-inline F32 exp(F32 x) { return exp2(x * kLog2E); }
+  // `factor` is positive and not tiny, so that -127 / factor is finite.
+  explicit Power(float factor) : factor(factor), floor(-127.0f / factor) {}
+
+  F32 operator()(F32 x) const {
+    // Added, this leaves round(x * factor) + 127 in the lowest bits.
+    constexpr float kRound = 0x1.8p23f + 127.0f;
+    x = x < floor ? splat(floor) : x;
+    const F32 shifted = x * factor + kRound;
+    const F32 f = x * factor - (shifted - kRound);
+    F32 p = splat(0x1.470b52p-13f);
+    p = p * f + 0x1.5f7278p-10f;
+    p = p * f + 0x1.3b270ep-7f;
+    p = p * f + 0x1.c6ae72p-5f;
+    p = p * f + 0x1.ebfbe2p-3f;
+    p = p * f + 0x1.62e432p-1f;
+    p = p * f + 1.0f;
+    return p * from_bits(bits(shifted) << 23);
+  }
+};
+
+inline F32 exp2(F32 x) { return Power(1)(x); }
+inline F32 exp(F32 x) { return Power(kLog2E)(x); }
 
 // At most about 2 units in the last place off: an odd polynomial (Cephes, tanhf) near 0, where the
 // quotient of exponentials would cancel.
 inline F32 tanh(F32 x) {
   const F32 size = from_bits(bits(x) & 0x7fffffff);
-  const F32 t = exp2(size * (-2 * kLog2E));
+  const F32 t = exp(size * -2.0f);
   const F32 far = (1.0f - t) / (1.0f + t);
   const F32 square = x * x;
   F32 p = splat(-5.70498872745e-3f);

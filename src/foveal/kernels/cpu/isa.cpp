@@ -6,6 +6,7 @@
 namespace foveal {
 namespace FOVEAL_ISA {
 
+void attention_forward(const AttentionForward& call);
 
 namespace {
 
@@ -59,6 +60,7 @@ const Kernels FOVEAL_TABLE(FOVEAL_ISA) = {
     FOVEAL_NAME(FOVEAL_ISA),
     FOVEAL_ISA::runs_here,
     FOVEAL_ISA::evaluate,
+    FOVEAL_ISA::attention_forward,
 };
 
 }  // namespace foveal

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attention.h"
 
 namespace foveal {
 
@@ -13,6 +14,7 @@ struct Kernels {
   const char* isa;
   bool (*runs_here)();
   void (*evaluate)(Function function, const float* x, float* y, int64_t count);
+  void (*attention_forward)(const AttentionForward& call);
 };
 
 #if defined(__x86_64__)

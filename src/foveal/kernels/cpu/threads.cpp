@@ -20,21 +20,21 @@ const Parallel parallel = find_parallel();
 struct Queue {
   std::atomic<int64_t> next;
   int64_t count;
-  Task task;
+  Work work;
   void* context;
 };
 
 void drain(void* data) {
   Queue& queue = *static_cast<Queue*>(data);
   for (int64_t i; (i = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.count;) {
-    queue.task(queue.context, i);
+    queue.work(queue.context, i);
   }
 }
 
 }  // namespace
 
-void run_tasks(int64_t num_threads, int64_t count, Task task, void* context) {
-  Queue queue{{0}, count, task, context};
+void run_tasks(int64_t num_threads, int64_t count, Work work, void* context) {
+  Queue queue{{0}, count, work, context};
   const int64_t useful = num_threads < count ? num_threads : count;
   if (useful > 1 && parallel) {
     parallel(drain, &queue, static_cast<unsigned>(useful), 0);

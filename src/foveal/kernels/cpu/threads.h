@@ -10,19 +10,19 @@
 
 namespace foveal {
 
-using Task = void (*)(void* context, int64_t index);
+using Work = void (*)(void* context, int64_t index);
 
-// Calls task(context, i) once for each i below count, on up to num_threads threads, lower i first.
-// Which thread takes which task is open: results must not depend on it.
-void run_tasks(int64_t num_threads, int64_t count, Task task, void* context);
+// Calls work(context, i) once for each i below count, on up to num_threads threads, lower i first.
+// Which thread takes which i is open: results must not depend on it.
+void run_tasks(int64_t num_threads, int64_t count, Work work, void* context);
 
 // Whether there is a runtime; if not, run_tasks uses one thread.
 bool has_threads();
 
-template <class Work>
-void run_tasks(int64_t num_threads, int64_t count, Work& work) {
+template <class Callable>
+void run_tasks(int64_t num_threads, int64_t count, Callable& work) {
   run_tasks(
-      num_threads, count, [](void* context, int64_t i) { (*static_cast<Work*>(context))(i); },
+      num_threads, count, [](void* context, int64_t i) { (*static_cast<Callable*>(context))(i); },
       &work);
 }
 

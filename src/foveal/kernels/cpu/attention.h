@@ -1,0 +1,52 @@
+// What a call of attention hands to the kernels. The binding (attention.py) fills the same
+// structure field by field: change both, and raise the version in dispatch.cpp and library.py.
+#pragma once
+
+#include <cstdint>
+
+namespace foveal {
+
+// A tensor [batch, heads, tokens, channels] with contiguous channels; strides in elements.
+struct Strided {
+  void* data;
+  int64_t batch, head, token;
+};
+
+// A tensor broadcast to [batch, heads, queries, keys]; strides in elements, 0 where it is broadcast.
+struct Pairs {
+  const void* data;
+  int64_t batch, head, query, key;
+};
+
+// [batch, tokens], tokens contiguous; a batch stride of 0 shares one row, null means the default.
+struct Positions {
+  const int64_t* data;
+  int64_t batch;
+};
+
+enum class ElementType : int64_t { kFloat32, kBFloat16, kFloat16 };
+
+struct AttentionForward {
+  Strided q, k, v, out;
+  Strided lse;  // float32 [batch, heads, tokens]
+  Pairs mask;   // bytes, 0 is hidden; null for none
+  Pairs bias;   // float32, -inf hides; null for none
+  Positions q_positions, kv_positions;
+  const int64_t* kv_lengths;  // [batch] or null
+  // Packed sequences: [batch + 1] first tokens of each; then q_len and kv_len are unused, the batch
+  // strides too, and there are no lengths, mask and bias. Null for a batch of equal lengths.
+  const int64_t* q_bounds;
+  const int64_t* kv_bounds;
+  const float* alibi;  // [heads] or null
+  int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim;
+  ElementType element;
+  double scale;
+  double softcap;  // 0 for none
+  int64_t causal;
+  int64_t left, right;  // -1 for unbounded
+  int64_t chunk;        // 0 for none
+  int64_t sinks;
+  int64_t num_threads;
+};
+
+}  // namespace foveal

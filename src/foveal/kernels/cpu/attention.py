@@ -1,0 +1,154 @@
+"""The native forward pass of attention: tensors in, one call of the library, tensors out.
+
+    out = softmax(softcap(scale * q k^T) + alibi + bias, over visible keys) v,   lse its logarithm
+
+q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv] in float32, bfloat16 or float16, with any
+strides but contiguous channels; sums in float32. Packed sequences are one batch of all tokens,
+[1, H, tokens, D], with the bounds of each. The algorithm is described in attention_forward.cpp,
+which queries see which keys in visibility.h. Calls go straight to the library, in about 10 us less
+than through PyTorch's dispatcher.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from foveal.kernels.cpu.library import load
+
+Result = tuple[torch.Tensor, torch.Tensor]
+
+ELEMENTS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What the kernels read and write, as they number it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Rules:
+    """What is computed, in numbers; `AttentionSpec` explains them."""
+
+    scale: float
+    softcap: float | None = None
+    causal: bool = False
+    left: int | None = None
+    right: int | None = None
+    chunk: int | None = None
+    sinks: int = 0
+    alibi: torch.Tensor | None = None
+    """float32 [H]"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Beside:
+    """The tensors beside q, k and v; `Operands` explains them."""
+
+    mask: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    q_positions: torch.Tensor | None = None
+    kv_positions: torch.Tensor | None = None
+    kv_lengths: torch.Tensor | None = None
+    q_bounds: torch.Tensor | None = None
+    """Integer [N + 1]: the first token of each packed sequence, and their end. With these there is
+    no mask, bias or length, and positions are [tokens]."""
+    kv_bounds: torch.Tensor | None = None
+
+
+class _Strided(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("token", ctypes.c_int64),
+    )
+
+
+class _Pairs(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("query", ctypes.c_int64),
+        ("key", ctypes.c_int64),
+    )
+
+
+class _Positions(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("batch", ctypes.c_int64))
+
+
+class _Call(ctypes.Structure):
+    """`AttentionForward` in attention.h, field by field."""
+
+    _fields_ = (
+        *((name, _Strided) for name in ("q", "k", "v", "out", "lse")),
+        *((name, _Pairs) for name in ("mask", "bias")),
+        *((name, _Positions) for name in ("q_positions", "kv_positions")),
+        *((name, ctypes.c_void_p) for name in ("kv_lengths", "q_bounds", "kv_bounds", "alibi")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "q_len", "kv_len")),
+        *((name, ctypes.c_int64) for name in ("head_dim", "value_dim", "element")),
+        *((name, ctypes.c_double) for name in ("scale", "softcap")),
+        *((name, ctypes.c_int64) for name in ("causal", "left", "right", "chunk", "sinks")),
+        ("num_threads", ctypes.c_int64),
+    )
+
+
+def attention_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: Rules, beside: Beside
+) -> Result:
+    """`out` [B, H, Lq, Dv] in q's dtype, laid out as q is, and `lse` float32 [B, H, Lq].
+
+    Nothing is checked. Rows that see nothing give 0 and -inf.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    batch, heads, q_len, head_dim = q.shape
+    kv_heads, kv_len, value_dim = v.shape[1:]
+    out = _like(q, value_dim)
+    lse = q.new_empty((batch, heads, q_len), dtype=torch.float32)
+    pairs = (batch, heads, q_len, kv_len)
+    mask = None if beside.mask is None else beside.mask.expand(pairs)
+    bias = None if beside.bias is None else beside.bias.float().expand(pairs)
+    rows = [_rows(x) for x in (beside.q_positions, beside.kv_positions)]
+    lists = [_list(x) for x in (beside.kv_lengths, beside.q_bounds, beside.kv_bounds)]
+    call = _Call(
+        *(_Strided(x.data_ptr(), *x.stride()[:3]) for x in (q, k, v, out, lse)),
+        *(_Pairs() if x is None else _Pairs(x.data_ptr(), *x.stride()) for x in (mask, bias)),
+        *(_positions(x) for x in rows),
+        *(_pointer(x) for x in (*lists, rules.alibi)),
+        batch if lists[1] is None else len(lists[1]) - 1,
+        *(heads, kv_heads, q_len, kv_len, head_dim, value_dim, ELEMENTS[q.dtype]),
+        *(rules.scale, rules.softcap or 0.0, rules.causal),
+        -1 if rules.left is None else rules.left,
+        -1 if rules.right is None else rules.right,
+        *(rules.chunk or 0, rules.sinks, torch.get_num_threads()),
+    )
+    load().foveal_attention_forward(ctypes.byref(call))
+    return out, lse
+
+
+def _like(q: torch.Tensor, value_dim: int) -> torch.Tensor:
+    """[B, H, Lq, Dv], heads side by side in each token if they are so in q."""
+    batch, heads, q_len, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty((batch, q_len, heads, value_dim)).transpose(1, 2)
+    return q.new_empty((batch, heads, q_len, value_dim))
+
+
+def _rows(positions: torch.Tensor | None) -> torch.Tensor | None:
+    """int64 [B or 1, L], contiguous."""
+    if positions is None:
+        return None
+    rows = positions if positions.ndim == 2 else positions.unsqueeze(0)
+    return rows.long().contiguous()
+
+
+def _positions(rows: torch.Tensor | None) -> _Positions:
+    if rows is None:
+        return _Positions()
+    return _Positions(rows.data_ptr(), rows.shape[1] if rows.shape[0] > 1 else 0)
+
+
+def _list(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.long().contiguous()
+
+
+def _pointer(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

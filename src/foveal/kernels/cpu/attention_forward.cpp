@@ -1,0 +1,505 @@
+// The forward pass of attention: tiled online softmax (Milakov & Gimelshein 2018; Dao et al. 2022,
+// 2023), float32 sums whatever the element, nothing of size [Lq, Lk] anywhere.
+//
+// A task takes some queries of all the heads that share one KV head, folded into rows, and walks
+// over the tiles of keys that any of them sees. For each tile and each panel of kRows rows
+//
+//     s = q k^T                       m' = max(m, max s)   p = exp(s - m')
+//     l = l exp(m - m') + sum p       o = o exp(m - m') + p v
+//
+// and in the end out = o / l, lse = m + log l. The scale is applied within the exponential, where it
+// costs nothing and rounds nothing, unless something is added to the scores. With many rows keys and values are packed
+// once for all panels (pack.h); with few they are read as they lie, and the keys of one row are
+// divided among tasks (flash-decoding), whose results are merged by whoever finishes last.
+//
+// What a panel cannot see is clipped from both products; the rest of what is hidden gets s = -inf.
+// That costs nothing to be exact: a weight of 0 adds nothing, so results do not depend on what else
+// is in a tile. Only where values hold inf or NaN is 0 * v not 0: if a task's result is not finite,
+// it is computed again, leaving out weights of 0.
+#include "attention.h"
+
+#include "attention_plan.h"
+#include "exp.h"
+#include "pack.h"
+#include "scratch.h"
+#include "threads.h"
+#include "visibility.h"
+
+namespace foveal::FOVEAL_ISA {
+
+namespace {
+
+constexpr int64_t kTileVectors = kTileKeys / kLanes;
+constexpr int64_t kChunkKeys = 32;  // values read as they lie: keys of one product, kept in cache
+constexpr int64_t kDirectRows = 8;  // with at most so many rows nothing is packed
+
+constexpr float kNone = -__builtin_inff();
+
+inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+inline F32 indices() {
+  F32 x;
+  for (int i = 0; i < kLanes; ++i) x[i] = static_cast<float>(i);
+  return x;
+}
+// o, m and l of a task's rows.
+struct Sums {
+  float* out;
+  float* top;
+  float* weight;
+};
+
+struct Tile {
+  int64_t first, count;
+  int64_t low, high;  // the keys, counted from `first`, that any row may see
+  Sight sight;        // where keys have given positions
+  bool packed;
+};
+
+template <class Element>
+class Attention {
+ public:
+  Attention(const AttentionForward& call, const Task& task)
+      : call_(call),
+        task_(task),
+        sequence_(call, task.sequence),
+        group_(call.heads / call.kv_heads),
+        rows_((task.q_end - task.q_begin) * group_),
+        q_stride_(round_up(call.head_dim, kLanes)),
+        out_stride_(round_up(call.value_dim, kAlign)),
+        direct_(rows_ <= kDirectRows && call.head_dim % kLanes == 0 &&
+                call.value_dim % kLanes == 0),
+        ordered_(!sequence_.kv_positions),
+        bare_(call.softcap == 0 && !call.alibi && !call.bias.data),
+        unit_(bare_ && __builtin_fabs(call.scale) > 1e-20 ? static_cast<float>(__builtin_fabs(call.scale)) : 1),
+        exp_(unit_ * kLog2E) {
+    reserve();
+    locate_queries();
+    load_queries();
+  }
+
+  void run(RowSet* row_sets) {
+    if (task_.row_set < 0) {
+      compute(sums_);
+      for (int64_t r = 0; r < rows_; ++r) finish(r, sums_);
+      return;
+    }
+    RowSet& set = row_sets[task_.row_set];
+    compute(part_of(set, task_.part));
+    if (__atomic_sub_fetch(&set.unfinished, 1, __ATOMIC_ACQ_REL) == 0) {
+      merge(set);
+      for (int64_t r = 0; r < rows_; ++r) finish(r, part_of(set, 0));
+    }
+  }
+
+ private:
+  // ---- setting out
+
+  void reserve() {
+    const int64_t padded = round_up(rows_, kRows) + kLanes;
+    const int64_t packed = direct_ ? 0 : kTileKeys;
+    Scratch room(padded * (q_stride_ + out_stride_ + 2) + kRows * kTileKeys + 2 * kLanes +
+                 packed * (q_stride_ + round_up(out_stride_, kPanel)) +
+                 padded * (sizeof(Seen) + sizeof(int64_t)) / sizeof(float));
+    seen_ = room.take<Seen>(padded);
+    positions_ = room.take<int64_t>(padded);
+    queries_ = room.take<float>(padded * q_stride_);
+    sums_ = {room.take<float>(padded * out_stride_), room.take<float>(padded),
+             room.take<float>(padded)};
+    scores_ = room.take<float>(kRows * kTileKeys);
+    keys_ = room.take<float>(packed * q_stride_);
+    values_ = room.take<float>(packed * round_up(out_stride_, kPanel));
+  }
+
+  void locate_queries() {
+    together_ = {0, 0, 0};
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t i = query(r);
+      positions_[r] = sequence_.q_position(i);
+      seen_[r] = Seen{0, 0, 0};
+      extent_.include(positions_[r], sequence_.is_pad(i));
+      if (sequence_.is_pad(i)) continue;
+      seen_[r] = ordered_ ? seen_by(call_, positions_[r], positions_[r], sequence_.limit)
+                          : Seen{0, 0, sequence_.limit};
+      together_.include(seen_[r]);
+    }
+  }
+
+  void load_queries() {
+    const double scale = call_.scale / unit_;
+    const double factor = call_.softcap != 0 ? scale / call_.softcap : scale;
+    const Element* q = static_cast<const Element*>(call_.q.data) + start(call_.q, sequence_.q_start);
+    for (int64_t r = 0; r < rows_; ++r) {
+      widen(q + head(r) * call_.q.head + query(r) * call_.q.token, call_.head_dim,
+            static_cast<float>(factor), q_stride_, queries_ + r * q_stride_);
+    }
+  }
+
+  int64_t query(int64_t r) const { return task_.q_begin + r / group_; }
+  int64_t head(int64_t r) const { return task_.kv_head * group_ + r % group_; }
+  int64_t start(const Strided& x, int64_t first) const {
+    return (call_.q_bounds ? 0 : task_.sequence * x.batch) + first * x.token;
+  }
+  const Element* rows_of(const Strided& x, int64_t key) const {
+    return static_cast<const Element*>(x.data) + start(x, sequence_.kv_start) +
+           task_.kv_head * x.head + key * x.token;
+  }
+
+  // ---- walking over the keys
+
+  void compute(const Sums& sums) {
+    careful_ = false;
+    walk(sums);
+    F32 poison = {};
+    for (int64_t i = 0; i < rows_ * out_stride_; i += kLanes) poison += load(sums.out + i) * 0.0f;
+    if (sum(poison) == 0) return;
+    careful_ = true;
+    walk(sums);
+  }
+
+  void walk(const Sums& sums) {
+    for (int64_t i = 0; i < rows_ * out_stride_; i += kLanes) store(sums.out + i, F32{});
+    for (int64_t r = 0; r < rows_; ++r) {
+      sums.top[r] = kNone;
+      sums.weight[r] = 0;
+    }
+    for (int64_t first = task_.kv_begin; first < task_.kv_end; first += kTileKeys) {
+      Tile tile{first, smaller(kTileKeys, task_.kv_end - first), 0, 0, Sight::kPartial, false};
+      int64_t low = first, high = first + tile.count;
+      together_.clip(&low, &high);
+      if (low == high) {  // on to the range behind the sinks, or to the end
+        if (first >= together_.begin) break;
+        first = together_.begin / kTileKeys * kTileKeys - kTileKeys;
+        continue;
+      }
+      tile.low = low - first;
+      tile.high = high - first;
+      if (!ordered_) tile.sight = classify(call_, extent_, extent_of(tile));
+      if (tile.sight != Sight::kHidden) visit(tile, sums);
+    }
+  }
+
+  Extent extent_of(const Tile& tile) const {
+    Extent extent;
+    for (int64_t j = tile.first; j < tile.first + tile.count; ++j) {
+      extent.include(sequence_.kv_positions[j], sequence_.kv_positions[j] < 0);
+    }
+    return extent;
+  }
+
+  void visit(Tile& tile, const Sums& sums) {
+    const int64_t panels = divide_up(rows_, kRows), step = divide_up(rows_, panels);
+    for (int64_t row = 0; row < rows_; row += step) {
+      visit_panel(tile, row, static_cast<int>(smaller(step, rows_ - row)), sums);
+    }
+  }
+
+  void visit_panel(Tile& tile, int64_t row, int count, const Sums& sums) {
+    int64_t low = tile.low, high = tile.high;
+    if (ordered_) {
+      Seen seen = seen_[row];
+      for (int r = 1; r < count; ++r) seen.include(seen_[row + r]);
+      low = tile.first;
+      high = tile.first + tile.count;
+      seen.clip(&low, &high);
+      if (low == high) return;
+      low -= tile.first;
+      high -= tile.first;
+    }
+    if (call_.mask.data && !any_visible(tile, row, count, low, high)) return;
+    if (!direct_ && !tile.packed) pack(tile);
+    const int64_t begin = low / kLanes, end = divide_up(high, kLanes);
+    score(tile, row, count, begin, end);
+    for (int r = 0; r < count; ++r) adjust(tile, row + r, scores_ + r * kTileKeys, begin, end);
+    float factor[kLanes + kRows];
+    soften(row, count, begin, end, sums, factor);
+    weigh(tile, row, count, begin * kLanes, smaller(end * kLanes, tile.count), sums.out, factor);
+  }
+
+  void pack(Tile& tile) {
+    pack_keys(rows_of(call_.k, tile.first), call_.k.token, tile.count, call_.head_dim, keys_);
+    pack_values(rows_of(call_.v, tile.first), call_.v.token, tile.count, call_.value_dim,
+                kTileKeys, values_);
+    tile.packed = true;
+  }
+
+  // ---- scores
+
+  void score(const Tile& tile, int64_t row, int count, int64_t begin, int64_t end) {
+    const float* q = queries_ + row * q_stride_;
+    if (direct_) {
+      const int64_t first = begin * kLanes;
+      dot(q, q_stride_, count, rows_of(call_.k, tile.first + first), call_.k.token,
+          smaller(end * kLanes, tile.count) - first, scores_ + first, kTileKeys, call_.head_dim);
+      return;
+    }
+    for (int64_t j = begin; j < end;) {
+      const int64_t panel = j / kColumns, stop = smaller(end, (panel + 1) * kColumns);
+      const float* keys = keys_ + panel * kPanel * call_.head_dim + (j - panel * kColumns) * kLanes;
+      multiplier<float>(count, static_cast<int>(stop - j))(q, q_stride_, keys, kPanel,
+                                                           scores_ + j * kLanes, kTileKeys,
+                                                           nullptr, call_.head_dim);
+      j = stop;
+    }
+  }
+
+  // What stands between a product and its score, and what hides it.
+  void adjust(const Tile& tile, int64_t row, float* s, int64_t begin, int64_t end) {
+    if (!bare_) add_terms(tile, row, s, begin, end);
+    if (call_.mask.data) hide_by_mask(tile, row, s, begin, end);
+    if (ordered_ || tile.sight == Sight::kFull) {
+      hide_outside(tile, seen_[row], s, begin, end);
+    } else {
+      hide_by_position(tile, row, s, begin, end);
+    }
+  }
+
+  void add_terms(const Tile& tile, int64_t row, float* s, int64_t begin, int64_t end) {
+    if (call_.softcap != 0) {
+      const float cap = static_cast<float>(call_.softcap);
+      for (int64_t j = begin; j < end; ++j) {
+        store(s + j * kLanes, tanh(load(s + j * kLanes)) * cap);
+      }
+    }
+    if (call_.alibi) {
+      const float slope = call_.alibi[head(row)];
+      if (ordered_) {
+        const F32 first = indices() + static_cast<float>(tile.first - positions_[row]);
+        for (int64_t j = begin; j < end; ++j) {
+          const F32 distance = first + static_cast<float>(j * kLanes);
+          store(s + j * kLanes, load(s + j * kLanes) + distance * slope);
+        }
+      } else {
+        for (int64_t j = begin * kLanes; j < smaller(end * kLanes, tile.count); ++j) {
+          const int64_t position = sequence_.kv_positions[tile.first + j];
+          s[j] += static_cast<float>(position - positions_[row]) * slope;
+        }
+      }
+    }
+    if (call_.bias.data) {
+      const float* bias = static_cast<const float*>(call_.bias.data) + pair(call_.bias, tile, row);
+      const int64_t step = call_.bias.key;
+      for (int64_t j = begin * kLanes; j < smaller(end * kLanes, tile.count); ++j) {
+        s[j] = bias[j * step] == kNone ? kNone : s[j] + bias[j * step];
+      }
+    }
+  }
+
+  int64_t pair(const Pairs& x, const Tile& tile, int64_t row) const {
+    return task_.sequence * x.batch + head(row) * x.head + query(row) * x.query +
+           tile.first * x.key;
+  }
+
+  bool any_visible(const Tile& tile, int64_t row, int count, int64_t low, int64_t high) const {
+    for (int r = 0; r < count; ++r) {
+      const uint8_t* mask =
+          static_cast<const uint8_t*>(call_.mask.data) + pair(call_.mask, tile, row + r);
+      uint8_t any = 0;
+      for (int64_t j = low; j < high; ++j) any |= mask[j * call_.mask.key];
+      if (any) return true;
+    }
+    return false;
+  }
+
+  void hide_by_mask(const Tile& tile, int64_t row, float* s, int64_t begin, int64_t end) const {
+    const uint8_t* mask =
+        static_cast<const uint8_t*>(call_.mask.data) + pair(call_.mask, tile, row);
+    const int64_t last = smaller(end * kLanes, tile.count);
+    if (call_.mask.key == 1) {
+      for (int64_t j = begin * kLanes; j < last; ++j) s[j] = mask[j] ? s[j] : kNone;
+    } else {
+      for (int64_t j = begin * kLanes; j < last; ++j) {
+        s[j] = mask[j * call_.mask.key] ? s[j] : kNone;
+      }
+    }
+  }
+
+  void hide_outside(const Tile& tile, const Seen& seen, float* s, int64_t begin,
+                    int64_t end) const {
+    if (seen.all_of(tile.first + begin * kLanes, tile.first + end * kLanes)) return;
+    const F32 sinks = splat(inside(seen.sinks - tile.first));
+    const F32 low = splat(inside(seen.begin - tile.first));
+    const F32 high = splat(inside(seen.end - tile.first));
+    F32 j = indices() + static_cast<float>(begin * kLanes);
+    for (int64_t i = begin; i < end; ++i) {
+      const I32 seen_here = (j < sinks) | ((j >= low) & (j < high));
+      store(s + i * kLanes, seen_here ? load(s + i * kLanes) : splat(kNone));
+      j += static_cast<float>(kLanes);
+    }
+  }
+  static float inside(int64_t j) {
+    return static_cast<float>(larger(0, smaller(j, kTileKeys)));
+  }
+
+  void hide_by_position(const Tile& tile, int64_t row, float* s, int64_t begin, int64_t end) {
+    const bool pad = sequence_.is_pad(query(row));
+    for (int64_t j = begin * kLanes; j < end * kLanes; ++j) {
+      const bool seen = !pad && j < tile.count &&
+                        sees(call_, positions_[row], sequence_.kv_positions[tile.first + j]);
+      s[j] = seen ? s[j] : kNone;
+    }
+  }
+
+  // ---- softmax and values
+
+  // Turns the scores into weights relative to the largest so far; factor[r] is for what was summed
+  // relative to the largest before.
+  void soften(int64_t row, int count, int64_t begin, int64_t end, const Sums& sums,
+              float* factor) {
+    float top[kLanes + kRows];
+    for (int r = 0; r < count; ++r) {
+      const float* s = scores_ + r * kTileKeys;
+      F32 found = load(s + begin * kLanes);
+      for (int64_t j = begin + 1; j < end; ++j) found = max(load(s + j * kLanes), found);
+      const float before = sums.top[row + r];
+      const float now = largest(max(found, splat(before)));
+      sums.top[row + r] = now;
+      top[r] = now == kNone ? 0 : now;
+      factor[r] = before - top[r];
+    }
+    for (int r = 0; r < count; r += kLanes) store(factor + r, exp_(load(factor + r)));
+    for (int r = 0; r < count; ++r) {
+      float* s = scores_ + r * kTileKeys;
+      F32 total = {};
+      for (int64_t j = begin; j < end; ++j) {
+        const F32 p = exp_(load(s + j * kLanes) - top[r]);
+        total += p;
+        store(s + j * kLanes, p);
+      }
+      sums.weight[row + r] = sums.weight[row + r] * factor[r] + sum(total);
+    }
+  }
+
+  void weigh(const Tile& tile, int64_t row, int count, int64_t begin, int64_t end, float* out,
+             const float* factor) {
+    out += row * out_stride_;
+    if (careful_) {
+      weigh_carefully(tile, count, begin, end, out, factor);
+      return;
+    }
+    static constexpr float kOnes[kRows] = {1, 1, 1, 1, 1, 1};
+    const int64_t step = direct_ ? kChunkKeys : end - begin;
+    for (int64_t j = begin; j < end; j += step) {
+      const int64_t depth = smaller(step, end - j);
+      for (int64_t d = 0; d < call_.value_dim; d += kPanel) {
+        const int64_t left = divide_up(call_.value_dim - d, kLanes);
+        const int columns = static_cast<int>(smaller(left, kColumns));
+        const float* scale = j == begin ? factor : kOnes;
+        if (direct_) {
+          multiplier<Element>(count, columns)(scores_ + j, kTileKeys,
+                                              rows_of(call_.v, tile.first + j) + d, call_.v.token,
+                                              out + d, out_stride_, scale, depth);
+        } else {
+          multiplier<float>(count, columns)(scores_ + j, kTileKeys,
+                                            values_ + d * kTileKeys + j * kPanel, kPanel, out + d,
+                                            out_stride_, scale, depth);
+        }
+      }
+    }
+  }
+
+  void weigh_carefully(const Tile& tile, int count, int64_t begin, int64_t end, float* out,
+                       const float* factor) const {
+    for (int r = 0; r < count; ++r, out += out_stride_) {
+      const float* p = scores_ + r * kTileKeys;
+      for (int64_t d = 0; d < call_.value_dim; d += kLanes) {
+        const int n = static_cast<int>(smaller(kLanes, call_.value_dim - d));
+        F32 total = load(out + d) * factor[r];
+        for (int64_t j = begin; j < end; ++j) {
+          if (p[j] != 0) total += load_some(rows_of(call_.v, tile.first + j) + d, n) * p[j];
+        }
+        store(out + d, total);
+      }
+    }
+  }
+
+  // ---- results
+
+  Sums part_of(const RowSet& set, int64_t part) const {
+    float* out = set.partial + part * set.partial_size;
+    return {out, out + rows_ * out_stride_, out + rows_ * (out_stride_ + 1)};
+  }
+
+  // All parts into the first.
+  void merge(const RowSet& set) const {
+    const Sums whole = part_of(set, 0);
+    for (int64_t r = 0; r < rows_; ++r) {
+      float top = kNone;
+      for (int64_t i = 0; i < set.num_parts; ++i) {
+        const float other = part_of(set, i).top[r];
+        top = other > top ? other : top;
+      }
+      const float level = top == kNone ? 0 : top;
+      for (int64_t i = 0; i < set.num_parts; ++i) {
+        const Sums part = part_of(set, i);
+        const float factor = exp_(splat(part.top[r] - level))[0];
+        whole.weight[r] = (i ? whole.weight[r] : 0) + part.weight[r] * factor;
+        for (int64_t d = r * out_stride_; d < (r + 1) * out_stride_; d += kLanes) {
+          const F32 before = i ? load(whole.out + d) : F32{};
+          const F32 mine = load(part.out + d) * factor;
+          store(whole.out + d, factor == 0 ? before : before + mine);
+        }
+      }
+      whole.top[r] = top;
+    }
+  }
+
+  void finish(int64_t r, const Sums& sums) const {
+    const bool nothing = sums.top[r] == kNone;
+    const float weight = nothing ? 1 : sums.weight[r];
+    Element* out = static_cast<Element*>(call_.out.data) + start(call_.out, sequence_.q_start) +
+                   head(r) * call_.out.head + query(r) * call_.out.token;
+    for (int64_t d = 0; d < call_.value_dim; d += kLanes) {
+      const F32 x = load(sums.out + r * out_stride_ + d) / weight;
+      const int64_t left = call_.value_dim - d;
+      if (left >= kLanes) {
+        store(out + d, x);
+      } else {
+        store_some(out + d, x, static_cast<int>(left));
+      }
+    }
+    const double lse = static_cast<double>(sums.top[r]) * unit_ + __builtin_log(sums.weight[r]);
+    float* to = static_cast<float*>(call_.lse.data) + start(call_.lse, sequence_.q_start) +
+                head(r) * call_.lse.head + query(r) * call_.lse.token;
+    *to = nothing ? kNone : static_cast<float>(lse);
+  }
+
+  const AttentionForward& call_;
+  const Task& task_;
+  const Sequence sequence_;
+  const int64_t group_, rows_, q_stride_, out_stride_;
+  const bool direct_, ordered_, bare_;
+  const float unit_;  // of scores and of `top`: what they are multiplied by in the exponential
+  const Power exp_;
+  bool careful_ = false;
+  Seen together_;     // by all rows
+  Extent extent_;     // of all rows
+  Seen* seen_;        // by each row
+  int64_t* positions_;
+  float* queries_;
+  Sums sums_;
+  float* scores_;
+  float* keys_;
+  float* values_;
+};
+
+template <class Element>
+void run(const AttentionForward& call, const Plan& plan, int64_t index) {
+  Attention<Element>(call, plan.tasks[index]).run(plan.row_sets);
+}
+
+}  // namespace
+
+void attention_forward(const AttentionForward& call) {
+  Plan* plan = make_plan(call);
+  auto work = [&](int64_t index) {
+    switch (call.element) {
+      case ElementType::kFloat32: return run<float>(call, *plan, index);
+      case ElementType::kBFloat16: return run<BFloat16>(call, *plan, index);
+      case ElementType::kFloat16: return run<Float16>(call, *plan, index);
+    }
+  };
+  run_tasks(call.num_threads, plan->num_tasks, work);
+  free_plan(plan);
+}
+
+}  // namespace foveal::FOVEAL_ISA

@@ -1,0 +1,43 @@
+// How a call is cut into tasks. Every cut has a fixed size, a function of the sequence's own shape
+// and never of the number of threads or of its neighbours, so that neither changes a bit.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+
+namespace foveal {
+
+inline constexpr int64_t kTileKeys = 128;   // keys of a tile
+inline constexpr int64_t kSplitKeys = 1024; // keys of a task, where there are few queries
+inline constexpr int64_t kAlign = 16;       // floats to which rows of results are padded
+
+// Some queries of one sequence, of all query heads of one KV head, and some keys.
+struct Task {
+  int64_t sequence, kv_head;
+  int64_t q_begin, q_end;
+  int64_t kv_begin, kv_end;
+  int64_t row_set;  // of `Plan::row_sets` if other tasks have other keys of the same queries, or -1
+  int64_t part;     // which of these this is
+  int64_t cost;
+};
+
+// Queries whose keys are divided among several tasks. Each leaves [rows][padded value_dim] sums,
+// then [rows] largest scores, then [rows] weights; whoever is last merges them, in order.
+struct RowSet {
+  float* partial;
+  int64_t partial_size;  // floats of each part
+  int64_t num_parts;
+  int64_t unfinished;
+};
+
+struct Plan {
+  Task* tasks;  // heaviest first
+  int64_t num_tasks;
+  RowSet* row_sets;
+};
+
+Plan* make_plan(const AttentionForward& call);
+void free_plan(Plan* plan);
+
+}  // namespace foveal
