@@ -8,6 +8,7 @@ import torch
 from foveal.core.errors import ArgumentError, OutOfPages
 from foveal.kv.cache import CacheShape, ResumableCache, Window
 from foveal.kv.paged import PagedCache
+from foveal.kv.quantised import QuantisedCache
 from foveal.kv.ring import RingCache
 from foveal.kv.store import PageStore
 from sights import sight
@@ -24,18 +25,25 @@ def pages(window: Window, format: str = "int8", num_pages: int = 20) -> PagedCac
     return PagedCache(store, window=window)
 
 
+def quantised(window: Window) -> QuantisedCache:
+    old = PageStore(SHAPE, 20, 2, key_format="int8-channel", value_format="int4")
+    return QuantisedCache(pages(window, "float32"), old, num_recent=1)
+
+
 def step(cache: ResumableCache, positions: torch.Tensor) -> list[torch.Tensor]:
-    """Append tokens to both layers; every tensor of the views."""
+    """Append tokens to both layers; every tensor of the views, as far as slots hold something."""
     seen = []
     rng = torch.Generator().manual_seed(cache.length)
     for layer in range(2):
         k, v = (torch.randn(2, 1, positions.shape[1], n, generator=rng) for n in (4, 2))
         for tile in cache.append(layer, k, v, positions).tiles(sight()):
-            seen += [tile.keys.clone(), tile.values.clone(), tile.positions.clone()]
+            nothing = (tile.positions < 0)[:, None, :, None]
+            seen += [x.masked_fill(nothing, 0) for x in (tile.keys, tile.values)]
+            seen.append(tile.positions.clone())
     return seen
 
 
-@pytest.mark.parametrize("make", [ring, pages])
+@pytest.mark.parametrize("make", [ring, pages, quantised])
 def test_what_is_put_back_goes_on_to_the_bit(make: Callable[[Window], ResumableCache]) -> None:
     cache, other = (make(Window(5, 2)) for _ in range(2))
     step(cache, torch.tensor([[-1, -1, 0, 1], [0, 1, 2, 3]]))
@@ -49,7 +57,7 @@ def test_what_is_put_back_goes_on_to_the_bit(make: Callable[[Window], ResumableC
         ours, theirs = step(cache, torch.tensor(positions)), step(other, torch.tensor(positions))
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     for length in range(15):  # what the pads took is known to both
-        ours, theirs = (one._slots.tokens_before(length) for one in (cache, other))
+        ours, theirs = (one.slots.tokens_before(length) for one in (cache, other))
         assert torch.equal(ours, theirs)
 
 
@@ -67,6 +75,11 @@ def test_the_state_of_another_cache_is_refused() -> None:
     with pytest.raises(OutOfPages):
         small.restore(paged.state())
     assert small.length == 0 and small.store.pool.num_available == 3
+    coded, plain = quantised(Window(5, 2)), pages(Window(5, 2), "float32")
+    step(plain, torch.arange(3).expand(2, 3))
+    with pytest.raises(ArgumentError, match=r"state keys\.0\.0: got torch.float32 .* torch.int8"):
+        coded.restore(plain.state())
+    assert coded.length == 0 and coded.stats.used_bytes == 0
 
 
 def test_shared_pages_stay_shared() -> None:

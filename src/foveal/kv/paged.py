@@ -192,11 +192,8 @@ class PagedCache:
         """Pages as they are stored, tables and counts; see `ResumableCache.state`. What has been
         published is not part of it."""
         self._release_beyond()
-        held = sorted({page for table in self.tables for page in table.pages.values()})
-        state = {**self._slots.state(), **self.store.copies(held)}
+        state = {**self._slots.state(), **keep(self.store, [table.pages for table in self.tables])}
         for row, table in enumerate(self.tables):
-            places = [[part, held.index(page)] for part, page in table.pages.items()]
-            state[f"table.{row}"] = torch.tensor(places, dtype=torch.int64).reshape(-1, 2)
             state[f"evicted.{row}"] = torch.tensor(table.evicted)
         return state
 
@@ -204,20 +201,11 @@ class PagedCache:
         """Hold what `state` was taken of; see `ResumableCache.restore`. Raises `OutOfPages`, the
         cache being empty then, if the store has too little room."""
         self.reset()
-        pages = self.store.take_in(state)
+        ends = state["next"].tolist() if "next" in state else []
+        tables = put_back(self.store, state, ends)
         self._slots.restore(state)
-        size, untaken = self.store.page_size, set(pages)
-        for row, (table, end) in enumerate(
-            zip(self.tables, self._slots.next.tolist(), strict=True)
-        ):
-            table.evicted = int(state[f"evicted.{row}"])
-            for part, place in state[f"table.{row}"].tolist():
-                page = table.pages[part] = pages[place]
-                if page in untaken:
-                    untaken.remove(page)
-                    self.store.pool.fill(page, min(size, end - part * size))
-                else:
-                    self.store.pool.share([page])
+        for row, (table, pages) in enumerate(zip(self.tables, tables, strict=True)):
+            table.pages, table.evicted = pages, int(state[f"evicted.{row}"])
 
     def reset(self) -> None:
         """Forget everything and give the pages back."""
@@ -361,3 +349,32 @@ class PagedCache:
         for table, end in zip(self.tables, self._slots.next.tolist(), strict=True):
             parts = [part for part in table.pages if part * size >= end]
             self.store.pool.release([table.pages.pop(part) for part in parts])
+
+
+def keep(store: PageStore, tables: Sequence[Mapping[int, int]]) -> dict[str, torch.Tensor]:
+    """Pages of a store that these tables hold, as they are stored, and the tables, by name."""
+    held = sorted({page for pages in tables for page in pages.values()})
+    state = store.copies(held)
+    for row, pages in enumerate(tables):
+        places = [[part, held.index(page)] for part, page in pages.items()]
+        state[f"table.{row}"] = torch.tensor(places, dtype=torch.int64).reshape(-1, 2)
+    return state
+
+
+def put_back(
+    store: PageStore, state: Mapping[str, torch.Tensor], ends: list[int]
+) -> list[dict[int, int]]:
+    """Tables of sequences that end at `ends`, over pages allocated for what `keep` gave. Raises
+    `ArgumentError` for another kind of page, and `OutOfPages`."""
+    pages = store.take_in(state)
+    size, untaken = store.page_size, set(pages)
+    tables: list[dict[int, int]] = [{} for _ in ends]
+    for row, (table, end) in enumerate(zip(tables, ends, strict=True)):
+        for part, place in state[f"table.{row}"].tolist():
+            page = table[part] = pages[place]
+            if page in untaken:
+                untaken.remove(page)
+                store.pool.fill(page, min(size, end - part * size))
+            else:
+                store.pool.share([page])
+    return tables

@@ -7,14 +7,15 @@ the largest keys (Xiao et al. 2024; the recent part is as in KIVI, Liu et al. 20
 store is full, pages stay where they are until the first is full, too.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Self
 
 import torch
 
-from foveal.core.errors import ArgumentError
+from foveal.core.errors import ArgumentError, FovealError
 from foveal.kv.cache import CacheShape, CacheStats, JoinedView, Window
-from foveal.kv.paged import PagedCache
+from foveal.kv.paged import PagedCache, keep, put_back
 from foveal.kv.slots import Slots
 from foveal.kv.store import PagedView, PageStore
 
@@ -122,6 +123,22 @@ class QuantisedCache:
             self.store.pool.share(pages.values())
         other._old = [dict(pages) for pages in self._old]
         return other
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """That of the recent part, and old pages as they are stored; see `ResumableCache.state`."""
+        old = {f"old.{name}": tensor for name, tensor in keep(self.store, self._old).items()}
+        return {**self._recent.state(), **old}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Hold what `state` was taken of; see `PagedCache.restore`."""
+        self.reset()
+        old = {name[4:]: state[name] for name in state if name.startswith("old.")}
+        try:
+            self._recent.restore(state)
+            self._old = put_back(self.store, old, self.next_positions.tolist())
+        except FovealError:
+            self._recent.reset()
+            raise
 
     def reset(self) -> None:
         """Forget everything and give the pages back."""
