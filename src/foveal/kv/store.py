@@ -93,12 +93,16 @@ class PageStore:
         They lie in the arena, of which the caller has opened a frame.
         """
         k, v = (
-            format.decode(stored.select(pages, self.arena), dtype, self.arena)
-            for format, stored in zip(
-                self.formats, (self._keys[layer], self._values[layer]), strict=True
-            )
+            format.decode(stored, dtype, self.arena)
+            for format, stored in zip(self.formats, self.select(layer, pages), strict=True)
         )
         return k, v
+
+    def select(self, layer: int, pages: torch.Tensor) -> tuple[Stored, Stored]:
+        """Keys and values of pages [n] as they are stored, [Hkv, n, S, ...]; in the arena, of which
+        the caller has opened a frame."""
+        keys, values = self._keys[layer], self._values[layer]
+        return keys.select(pages, self.arena), values.select(pages, self.arena)
 
     def copies(self, pages: Sequence[int]) -> dict[str, torch.Tensor]:
         """These pages [n, ...] of every layer, as they are stored, by name."""
