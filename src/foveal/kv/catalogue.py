@@ -5,10 +5,13 @@ from dataclasses import dataclass
 
 from foveal.kv.cache import CacheShape, KVCache, Window
 from foveal.kv.contiguous import ContiguousCache
+from foveal.kv.dynamic import DynamicCache
 from foveal.kv.paged import PagedCache
 from foveal.kv.quantised import QuantisedCache
 from foveal.kv.ring import RingCache
 from foveal.kv.store import PageStore
+from foveal.kv.tiered import TieredCache
+from foveal.kv.tiers import TierConfig, Tiers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +63,36 @@ def _quantised(
     return CacheKind(name=name, make=make, window=window, error=error)
 
 
+def _dynamic(page_size: int, window: Window) -> CacheKind:
+    """Reaches that hold all of the attention: a fixed window, by another way."""
+
+    def make(shape: CacheShape, tokens: int) -> DynamicCache:
+        pages = _paged(page_size, window).make(shape, tokens)
+        assert isinstance(pages, PagedCache)
+        return DynamicCache(pages, minimum=window.sinks or 1, mass=1.0, every=2)
+
+    name = f"pages of {page_size} within reach, window of {window.size} and {window.sinks} sinks"
+    return CacheKind(name=name, make=make, window=window)
+
+
+def _tiered(format: str, error: float, tiers: dict[str, int], window: Window | None) -> CacheKind:
+    """Tiers with room for so many tokens; the last of them takes what is left."""
+    *upper, last = tiers
+
+    def make(shape: CacheShape, tokens: int) -> TieredCache:
+        hot = PagedCache(PageStore(shape, 2 * shape.batch * tokens // 4, 4), window=window)
+        room = {**tiers, last: 2 * shape.batch * tokens}  # as many again for a fork
+        configs = [TierConfig(name=name, tokens=size) for name, size in room.items()]
+        kept = Tiers(shape, 4, configs, key_format=format, value_format=format)
+        return TieredCache(hot, kept, num_hot=5)
+
+    sizes = ", ".join([*(f"{tiers[name]} {name}" for name in upper), f"the rest {last}"])
+    name = f"pages of 4, 5 tokens hot, {sizes} in {format}"
+    if window is not None:
+        name += f", window of {window.size} and {window.sinks} sinks"
+    return CacheKind(name=name, make=make, window=window, error=error)
+
+
 CACHES: tuple[CacheKind, ...] = (
     CacheKind(name="contiguous", make=lambda shape, tokens: ContiguousCache(shape)),
     CacheKind(
@@ -80,4 +113,10 @@ CACHES: tuple[CacheKind, ...] = (
     _quantised("int8-channel", "int8", 1 / 254, Window(12, 2)),
     _quantised("int4-channel", "int4", 1 / 15),
     _quantised("float32", "float32", 0.0, Window(12, 2)),
+    _dynamic(3, Window(7, 4)),
+    _dynamic(1, Window(20)),
+    _tiered("int8", 1 / 254, {"warm": 0}, None),
+    _tiered("float32", 0.0, {"cold": 0}, None),
+    _tiered("float32", 0.0, {"warm": 4, "cold": 8, "frozen": 0}, None),
+    _tiered("int4", 1 / 15, {"cold": 8, "frozen": 0}, Window(12, 2)),
 )
