@@ -16,7 +16,7 @@ from foveal.kv.cache import CacheShape, KVView, Sight, Window
 from foveal.kv.formats import Format, Stored, parse_format
 from foveal.kv.pages import PagePool
 
-_TILE_TOKENS = 1024
+TILE_TOKENS = 1024
 """Tokens of each sequence that are gathered from their pages at a time."""
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
@@ -228,7 +228,7 @@ class PagedView:
         """Some pages of each sequence at a time, gathered and decoded; columns that hold nothing
         but sinks and what no query sees are passed over."""
         size = self.store.page_size
-        num_columns = max(1, _TILE_TOKENS // size)
+        num_columns = max(1, TILE_TOKENS // size)
         offsets = torch.arange(size, device=self.table.device)
         all_table, all_starts = self._seen(sight.first)
         for begin in range(0, all_table.shape[1], num_columns):

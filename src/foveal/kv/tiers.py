@@ -99,8 +99,9 @@ class Tiers:
             raise ArgumentError("tiers", names, f"some of {', '.join(_ORDER)}, in this order")
         self.layout = PageLayout(shape, page_size, key_format=key_format, value_format=value_format)
         self.device = torch.device(device)
-        self._forget = forget
-        self._arena = Arena(self.device)
+        self.forgets = forget
+        self.arena = Arena(self.device)
+        """For what `retire` encodes, and `read` where the caller has none."""
         self._pages: dict[Key, Page] = {}
         """In the order in which they were retired."""
         shelves = [self._shelf(config, salt, last=config is configs[-1]) for config in configs]
@@ -141,6 +142,13 @@ class Tiers:
         return sum(place.disk_bytes for place in places if isinstance(place, FrozenFile))
 
     @property
+    def used_bytes(self) -> int:
+        """Bytes of memory that these pages take."""
+        shelves = self._chain.shelves
+        in_memory = [p for p in self._pages.values() if isinstance(shelves[p.level].place, Memory)]
+        return len(in_memory) * self.page_bytes
+
+    @property
     def stats(self) -> tuple[TierStats, ...]:
         """Counts of each tier, for all that share it."""
         return tuple(shelf.stats(self.page_bytes) for shelf in self._chain.shelves)
@@ -156,9 +164,9 @@ class Tiers:
             if key in self._pages:
                 raise ArgumentError("key", key, "one that is not there yet")
         index = torch.tensor(pages, dtype=torch.int64, device=store.device)
-        with self._arena.frame():
+        with self.arena.frame():
             shape = (self.layout.num_layers, len(keys), self.layout.layer_bytes)
-            records = self._arena.take(shape, torch.uint8)
+            records = self.arena.take(shape, torch.uint8)
             for layer, out in enumerate(records):
                 self.layout.encode(store, layer, index, out)
             forgotten: list[Key] = []
@@ -258,7 +266,7 @@ class Tiers:
                 self._pages[key] = self._chain.insert(key, record)
                 return forgotten
             except OutOfPages:
-                if not self._forget or not self._pages:
+                if not self.forgets or not self._pages:
                     raise
             oldest = next(iter(self._pages))
             self.drop([oldest])
