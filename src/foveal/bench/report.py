@@ -92,8 +92,8 @@ def markdown(records: Sequence[Record]) -> str:
     parts = [*map(caption, runs.values()), LEGEND]
     for series, members in by_series(records).items():
         titles = header(members)
-        lines = [f"### {series}", "", _line(titles), _line(["---:"] * len(titles))]
-        parts.append("\n".join([*lines, *map(_line, rows(members))]))
+        lines = [f"### {series}", "", line(titles), line(["---:"] * len(titles))]
+        parts.append("\n".join([*lines, *map(line, rows(members))]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -148,7 +148,8 @@ def _error(m: Measurement) -> str:
     return text if m.accuracy.holds else f"{text} ✗"
 
 
-def _line(cells: Iterable[str]) -> str:
+def line(cells: Iterable[str]) -> str:
+    """Cells as a line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

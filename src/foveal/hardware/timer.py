@@ -106,7 +106,7 @@ def interleave(
     start = time.perf_counter()
     for run in list(candidates.values()) * WARM_UP_CALLS:
         time_one(run, device)
-    watch = _Neighbours()
+    watch = Neighbours()
     taken: list[tuple[str, float]] = []
     shares: list[float] = []
     num_rounds = 0
@@ -144,7 +144,7 @@ def time_one(run: Callable[[], object], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-class _Neighbours:
+class Neighbours:
     """Watches how much processor time others take on the cores that we may use."""
 
     def __init__(self) -> None:
