@@ -3,7 +3,7 @@
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +69,8 @@ def attention(
         backends=backends, budget_s=benchmark.QUICK_BUDGET_S if quick else benchmark.BUDGET_S
     )
     with output.records() as path:
-        _require_appendable(path)
-        run = _run(grid.devices[0], {"grid": size, **settings.described}, calibrate)
+        require_appendable(path)
+        run = run_of(grid.devices[0], {"grid": size, **settings.described}, calibrate)
         _measure(cells, settings, run, path, output.as_json, budget_s)
         records = [record for record in read_records(path) if record.run == run]
         _show(records, run, output)
@@ -84,7 +84,7 @@ def attention(
 def stability(backends: Sequence[str], dtypes: tuple[torch.dtype, ...], as_json: bool) -> None:
     """Every backend through every trial; exits with 1 if a promise is broken."""
     found = []
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("", total=None)
         for verdict in trials.verdicts(backends, dtypes or trials.DTYPES):
             found.append(verdict)
@@ -92,7 +92,7 @@ def stability(backends: Sequence[str], dtypes: tuple[torch.dtype, ...], as_json:
             if as_json:
                 print(lines.encode(verdict), flush=True)
     if not as_json:
-        console = _console()
+        console = wide_console()
         for table in report.stability_tables(found):
             console.print(table)
         console.print(report.STABILITY_LEGEND, highlight=False)
@@ -127,7 +127,8 @@ def dtypes(names: tuple[str, ...]) -> tuple[torch.dtype, ...]:
     return tuple(map(parse_dtype, names))
 
 
-def _run(device: str, settings: dict[str, str], calibrate: bool) -> Run:
+def run_of(device: str, settings: dict[str, str], calibrate: bool) -> Run:
+    """A run that starts now, on this machine."""
     machine = detect()
     if calibrate and calibration.load_calibration(machine, device) is None:
         typer.echo("measuring this machine's limits: a few seconds, once", err=True)
@@ -135,15 +136,15 @@ def _run(device: str, settings: dict[str, str], calibrate: bool) -> Run:
     return Run.now(machine, peaks(machine, device), settings)
 
 
-def _require_appendable(path: Path) -> None:
-    """Before anything is measured, not after. Raises `LoadError` if `path` holds anything but
-    records, `ConfigError` if it cannot be written."""
+def require_appendable(path: Path, read: Callable[[Path], object] = read_records) -> None:
+    """Before anything is measured, not after. Raises `LoadError` if `path` holds anything but what
+    `read` reads, `ConfigError` if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
         raise ConfigError(f"records cannot be written to {path}: {error.strerror}") from error
-    read_records(path)
+    read(path)
 
 
 def _measure(
@@ -156,7 +157,7 @@ def _measure(
 ) -> None:
     """Append each record to the file as soon as it is there: Ctrl-C loses none."""
     start = time.monotonic()
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("", total=len(cells))
         for number, cell in enumerate(cells):
             if budget_s is not None and time.monotonic() - start > budget_s:
@@ -172,7 +173,7 @@ def _measure(
 
 def _show(records: list[Record], run: Run, output: Output) -> None:
     if not output.as_json:
-        console = _console()
+        console = wide_console()
         for found in report.rich_tables(records):
             console.print(found)
         notes = (*report.reasons(records), report.caption(run), report.LEGEND)
@@ -188,13 +189,14 @@ def _draw(records: list[Record], target: Path, series: str | None) -> None:
     typer.echo(f"picture: {target}", err=True)
 
 
-def _console() -> Console:
+def wide_console() -> Console:
     """Stdout; where it is not a terminal, wide enough for the tables."""
     console = Console()
     return console if console.is_terminal else Console(width=WIDTH)
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
+    """Steps done and time taken, on stderr."""
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
