@@ -1,4 +1,4 @@
-"""Summaries of pages: bounds that no key exceeds, rows that are taken again."""
+"""Summaries of pages: bounds that no key exceeds, guesses that are closer, rows taken again."""
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from foveal.kv.summary import Summaries
 from properties import examples
 
 SHAPE = CacheShape(num_layers=2, batch=2, num_kv_heads=2, head_dim=6, value_dim=4)
+ALL = torch.tensor([0, 1])
+ONES = torch.ones(2, 2, 1, 6)
 
 
 @settings(max_examples=examples(60), deadline=None)
@@ -20,7 +22,7 @@ SHAPE = CacheShape(num_layers=2, batch=2, num_kv_heads=2, head_dim=6, value_dim=
     sizes=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3)),
     shift=st.sampled_from([0.0, 3.0, -100.0]),
 )
-def test_no_key_scores_more_than_its_page_is_said_to(
+def test_no_key_scores_more_than_the_bound_of_its_page(
     seed: int, dtype: torch.dtype, sizes: tuple[int, int, int], shift: float
 ) -> None:
     pages, page_size, group = sizes
@@ -32,16 +34,30 @@ def test_no_key_scores_more_than_its_page_is_said_to(
     for row in range(2):
         summaries.write(1, row, range(pages), keys[row])
         summaries.hold(row, range(pages))
-    bounds = torch.cat(list(summaries.bounds(1, q)), -1)
+    bounds = torch.cat(list(summaries.scores(1, q, ALL, "bound")), -1)
     wide = keys.double().repeat_interleave(group, 1)
     scores = torch.einsum("bhtd,bhnsd->bhtns", q.double(), wide)
     size = torch.einsum("bhtd,bhnsd->bhtns", q.double().abs(), wide.abs()).amax(-1)
-    eps = torch.finfo(bounds.dtype).eps
+    eps = torch.finfo(dtype).eps
     assert (bounds >= scores.amax(-1) - 8 * eps * size).all()
     if page_size == 1:
         assert ((bounds - scores[..., 0]).abs() <= 8 * eps * size).all(), "one key is its bound"
-    (one,) = summaries.bounds(1, q[1:], torch.tensor([1]))
+    (one,) = summaries.scores(1, q[1:], torch.tensor([1]), "bound")
     assert torch.allclose(one, bounds[1:])
+
+
+def test_the_spread_is_that_of_independent_channels() -> None:
+    wide = CacheShape(num_layers=1, batch=1, num_kv_heads=1, head_dim=64, value_dim=4)
+    summaries, rng = Summaries(wide, 200), torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 200, 16, 64, generator=rng)
+    q = torch.randn(1, 1, 20, 64, generator=rng)
+    summaries.write(0, 0, range(200), keys)
+    summaries.hold(0, range(200))
+    best = torch.einsum("btd,bnsd->btns", q[0], keys).amax(-1)
+    (spread,) = summaries.scores(0, q, torch.tensor([0]), "spread")
+    (bound,) = summaries.scores(0, q, torch.tensor([0]), "bound")
+    assert (bound[0] >= best).all() and float((spread[0] >= best).double().mean()) > 0.99
+    assert float((spread[0] / best).median()) < float((bound[0] / best).median()) / 2
 
 
 def test_many_pages_come_in_blocks() -> None:
@@ -50,7 +66,7 @@ def test_many_pages_come_in_blocks() -> None:
     summaries.write(0, 0, range(5, 1035), keys)
     summaries.hold(0, range(5, 1035))
     q = torch.randn(2, 2, 1, 6, generator=torch.Generator().manual_seed(1))
-    found = torch.cat(list(summaries.bounds(0, q)), -1)[0, :, 0, 5:]
+    found = torch.cat(list(summaries.scores(0, q, ALL, "bound")), -1)[0, :, 0, 5:]
     scores = torch.einsum("hd,hnsd->hns", q[0, :, 0], keys).amax(-1)
     assert found.shape == scores.shape and (found >= scores - 1e-5).all()
 
@@ -61,16 +77,18 @@ def test_the_oldest_row_is_taken_again() -> None:
         summaries.write(0, 1, [part], torch.full((2, 1, 3, 6), float(part)))
         summaries.hold(1, [part])
     assert sorted(summaries.parts[1].tolist()) == [5, 6, 7, 8] and summaries.num_used == 4
-    (bounds,) = summaries.bounds(0, torch.ones(2, 2, 1, 6))
+    (bounds,) = summaries.scores(0, ONES, ALL, "bound")
     assert torch.equal(bounds[1, 0, 0], 6.0 * summaries.parts[1])
     summaries.forget(1, [6, 8])
     assert sorted(summaries.parts[1].tolist()) == [-1, -1, 5, 7]
     other = Summaries(SHAPE, 4)
     other.restore(summaries.state())
     assert torch.equal(other.parts, summaries.parts)
-    assert torch.equal(next(other.bounds(0, torch.ones(2, 2, 1, 6))), bounds)
+    assert torch.equal(next(other.scores(0, ONES, ALL, "bound")), bounds)
+    copy = summaries.copy()
     summaries.clear()
-    assert not summaries.num_used and not list(summaries.bounds(0, torch.ones(2, 2, 1, 6)))
+    assert torch.equal(copy.parts, other.parts)
+    assert not summaries.num_used and not list(summaries.scores(0, ONES, ALL, "bound"))
 
 
 def test_they_take_what_they_say_and_refuse_what_does_not_fit() -> None:

@@ -1,17 +1,22 @@
 """`Summaries`: what is remembered of retired pages' keys, to guess which are worth fetching back.
 
-Of every page, layer and KV head the largest and the smallest value of each channel are kept (Quest,
-Tang et al. 2024). No key k of the page can score more with a query q than
+Of every page, layer and KV head the smallest and the largest value of each channel are kept (Quest,
+Tang et al. 2024), as their middle m and half of their difference h. What any key of the page can
+score with a query q is guessed in two ways:
 
-    q . k  <=  sum_d max(q_d high_d, q_d low_d)  =  relu(q) . high + relu(-q) . (-low)
+    bound     q . m + sum_d |q_d| h_d           no key scores more (Quest)
+    spread    q . m + 3 sqrt(sum_d q_d^2 h_d^2)
 
-so rows [high, -low] are stored, and the bounds of all pages are one matrix product. They take 2 D
-elements where the page's keys and values take S (D + Dv): 1 / S of it where Dv = D and the dtype
-is the same. Memory is allocated once: the rows of a sequence are a ring over its pages, which are
-retired, and forgotten, in order.
+The bound is met only by a key with every channel at its worst. Where channels vary independently
+the score spreads as a sum of squares does, and the second ranks much better (see `docs/log.md`).
+
+Summaries take 2 D elements where the page's keys and values take S (D + Dv): 1 / S of it where
+Dv = D and the dtype is the same. Memory is allocated once: the rows of a sequence are a ring over
+its pages, which retire, and are forgotten, in order.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
 
 import torch
 
@@ -19,8 +24,12 @@ from foveal.core.dtypes import accumulate_dtype
 from foveal.core.errors import ArgumentError
 from foveal.kv.cache import CacheShape
 
+RANKINGS = ("spread", "bound")
+_DEVIATIONS = 3.0
+"""Of the spread. For 16 normal numbers h is about 1.8 standard deviations, so this is 5 of the
+score: a key that stands out. Between 2 and 4 it makes little difference (measured)."""
 _BLOCK = 512
-"""Pages that are looked at at a time: bounds take 4 bytes for each, per head and query."""
+"""Pages that are looked at at a time: scores take 4 bytes for each, per head and query."""
 
 
 class Summaries:
@@ -34,8 +43,7 @@ class Summaries:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Room for `capacity` pages of each sequence. `dtype` is that of the keys, so that extremes
-        are exact."""
+        """Room for `capacity` pages of each sequence, in the `dtype` of their keys."""
         if capacity < 1:
             raise ArgumentError("capacity", capacity, "an integer of at least 1")
         self.capacity = capacity
@@ -62,36 +70,47 @@ class Summaries:
         """Summarise pages of one layer: keys [Hkv, n, S, D] of n parts."""
         index = torch.tensor(parts, dtype=torch.int64, device=self.parts.device)
         low, high = keys.aminmax(dim=2)
-        self._rows[layer][sequence, :, index % self.capacity] = torch.cat([high, -low], dim=-1)
+        row = torch.cat([(high + low) / 2, (high - low) / 2], dim=-1)
+        self._rows[layer][sequence, :, index % self.capacity] = row
 
     def forget(self, sequence: int, parts: Sequence[int]) -> None:
         """Forget parts of a sequence."""
         index = torch.tensor(parts, dtype=torch.int64, device=self.parts.device)
         self.parts[sequence, index % self.capacity] = -1
 
-    def bounds(
-        self, layer: int, q: torch.Tensor, rows: torch.Tensor | None = None
+    def scores(
+        self, layer: int, q: torch.Tensor, rows: torch.Tensor, ranking: str
     ) -> Iterator[torch.Tensor]:
-        """No key of a page scores more than this with q [B, H, T, D]: [B, H, T, n] for n rows at a
-        time, in the dtype of sums; rows that hold nothing have any value.
+        """What the best key of each page may score with q [B, H, T, D]: [B, H, T, n] for n pages at
+        a time, in the dtype of sums; anything for pages that are not there.
 
-        `rows` int64 [B] are the sequences that q is of; None for all.
+        `rows` int64 [B] are the sequences that q is of; `ranking` is one of `RANKINGS`.
         """
-        batch, heads, num, _ = q.shape
-        wide = q.to(accumulate_dtype(q.dtype))
-        signed = torch.cat([wide.clamp(min=0), -wide.clamp(max=0)], dim=-1)
+        batch, heads, num, dim = q.shape
         every = self._rows[layer]
-        signed = signed.view(batch, every.shape[1], -1, signed.shape[-1])
+        grouped = q.to(accumulate_dtype(q.dtype)).reshape(batch, every.shape[1], -1, dim)
         for start in range(0, self.num_used, _BLOCK):
             block = every[:, :, start : min(start + _BLOCK, self.num_used)]
-            block = block if rows is None else block[rows]
-            found = signed @ block.to(signed.dtype).transpose(-1, -2)
+            block = block if len(rows) == len(block) == 1 else block[rows]
+            middle, half = block.to(grouped.dtype).transpose(-1, -2).chunk(2, dim=-2)
+            found = grouped @ middle
+            if ranking == "bound":
+                found += grouped.abs() @ half
+            else:
+                found += _DEVIATIONS * (grouped.square() @ half.square()).sqrt()
             yield found.view(batch, heads, num, -1)
 
     @property
     def num_used(self) -> int:
         """Rows, counted from the first, of which any sequence may hold something."""
         return min(self.capacity, int(self.parts.max()) + 1)
+
+    def copy(self) -> Self:
+        """An independent copy."""
+        other = type(self).__new__(type(self))
+        other.capacity, other.parts = self.capacity, self.parts.clone()
+        other._rows = [rows.clone() for rows in self._rows]
+        return other
 
     def clear(self) -> None:
         """Forget everything; memory stays allocated."""

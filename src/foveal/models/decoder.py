@@ -124,14 +124,6 @@ class Decoder(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def turn_back(self, layer: int, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Keys [n, Hkv, S, D] of this layer, rotated back by integer positions [n]: as if they had
-        stood so much nearer to the start."""
-        rope = self.config.rotary(layer)
-        if rope is None:
-            return keys
-        return Rotation.back(rope, positions.unsqueeze(1), keys.dtype).apply(keys)
-
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Weights to train from: normal with standard deviation 0.02, those that write into the

@@ -1,0 +1,304 @@
+"""`RecallCache`: old pages are retired, and the best of them fetched back for each step.
+
+The last pages, and those of the sinks, stay hot. A page that the window has passed is retired to
+`Tiers`, and a summary of its keys stays (`Summaries`). In each layer and step the queries attend to
+what is hot first; then the retired pages are ranked by it, and the best of them that fit a budget
+of bytes are fetched (Quest, Tang et al. 2024; InfLLM, Xiao et al. 2024). When the tiers are full,
+the oldest pages are forgotten.
+
+Distances are of two kinds. Exact: recalled keys are seen from where the queries are; if everything
+is recalled this is full attention. Clamped: a page that retires is rotated back by its start, so
+its keys stand at their place within the page, and every query sees them, as it sees the sinks, from
+right behind the window (`Window.from_sinks`): no distance exceeds what is hot.
+
+Every query of a step sees all that is hot and all that is recalled for the step. So, other than
+with a plain window, which keys a query sees depends on how the text falls into steps.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+
+from foveal.core.errors import ArgumentError
+from foveal.core.units import format_bytes
+from foveal.kv.cache import CacheStats, Window
+from foveal.kv.paged import PagedCache
+from foveal.kv.recalled import RecallView, Recollection, Turn
+from foveal.kv.shelf import TierStats
+from foveal.kv.store import PageStore
+from foveal.kv.summary import RANKINGS, Summaries
+from foveal.kv.tiers import Tiers
+
+DISTANCES = ("clamped", "exact")
+_STAGED_PAGES = 16
+"""Pages that retire at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecallConfig:
+    """What stays, and what is fetched back. Raises `ArgumentError`."""
+
+    window: Window
+    """Last tokens that stay hot, and first ones, which are counted in whole pages."""
+    budget: int
+    """Bytes that one sequence may fetch in a step, in all layers: in each of them the pages whose
+    bytes in all layers fit, budget // page_bytes."""
+    distances: str = "clamped"
+    """One of `DISTANCES`."""
+    ranking: str = "spread"
+    """One of `RANKINGS`."""
+
+    def __post_init__(self) -> None:
+        for name, got, known in (
+            ("distances", self.distances, DISTANCES),
+            ("ranking", self.ranking, RANKINGS),
+        ):
+            if got not in known:
+                raise ArgumentError(name, repr(got), ", ".join(known))
+        if self.clamped and not self.window.sinks:
+            accepted = "at least 1: with clamped distances recalled pages stand where sinks do"
+            raise ArgumentError("sinks", 0, accepted)
+
+    @property
+    def clamped(self) -> bool:
+        """Whether distances are."""
+        return self.distances == "clamped"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecallStats(CacheStats):
+    """What a cache holds, and what it has fetched back."""
+
+    num_retired: int
+    """Pages in the tiers."""
+    num_forgotten: int
+    """Pages dropped because the tiers were full."""
+    num_steps: int
+    """Steps in which something was recalled."""
+    fetched_bytes: int
+    """Read from the tiers for them."""
+    summary_bytes: int
+    """Of the allocated bytes, those of summaries."""
+    tiers: tuple[TierStats, ...]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Lines for a reader."""
+        each = self.fetched_bytes / max(self.num_steps, 1)
+        where = ", ".join(f"{tier.num_pages:,} {tier.name}" for tier in self.tiers)
+        return (
+            f"{self.num_retired:,} pages retired ({where}), {self.num_forgotten:,} forgotten; "
+            f"summaries {format_bytes(self.summary_bytes)}",
+            f"recalled {format_bytes(each)} in each of {self.num_steps:,} steps",
+        )
+
+
+class RecallCache:
+    """A paged cache, and the retired pages behind it. Implements `ResumableCache`."""
+
+    def __init__(
+        self, cache: PagedCache, tiers: Tiers, config: RecallConfig, turn: Turn | None = None
+    ) -> None:
+        """`cache`, without a window of its own, and `tiers`, both empty, belong to the wrapper from
+        now on. `turn` rotates the keys of a model back, which clamped distances need; None for a
+        model that does not rotate any.
+        """
+        size = _check(cache, tiers, config)
+        self.config = config
+        self.window = Window(config.window.size, -(-config.window.sinks // size) * size)
+        self._hot, self._tiers, self._turn = cache, tiers, turn
+        device = cache.store.device
+        self._summaries = Summaries(
+            cache.shape, tiers.capacity // cache.shape.batch, dtype=cache.dtype, device=device
+        )
+        self._staging: PageStore | None = None
+        if config.clamped and turn is not None:
+            self._staging = _staging(cache)
+        self._recollection = Recollection(
+            tiers=tiers,
+            summaries=self._summaries,
+            window=self.window,
+            num_pages=config.budget // tiers.page_bytes,
+            clamped=config.clamped,
+            ranking=config.ranking,
+        )
+        self._num_forgotten = 0
+
+    @property
+    def length(self) -> int:
+        """Slots so far, forgotten ones included."""
+        return self._hot.length
+
+    @property
+    def next_positions(self) -> torch.Tensor:
+        """int64 [B]."""
+        return self._hot.next_positions
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory: of hot pages, tiers on device and host, summaries, and of the pages
+        that are rotated back at a time."""
+        staged = 0 if self._staging is None else self._staging.nbytes
+        return self._hot.nbytes + self._tiers.nbytes + self._summaries.nbytes + staged
+
+    @property
+    def stats(self) -> RecallStats:
+        """Counts for reports."""
+        hot, told = self._hot.stats, self._recollection
+        tiers = self._tiers.stats
+        in_memory = sum(tier.num_pages for tier in tiers if tier.name != "frozen")
+        return RecallStats(
+            length=self.length,
+            capacity=hot.capacity + self._tiers.capacity * self._tiers.page_size,
+            used_bytes=hot.used_bytes + in_memory * self._tiers.page_bytes,
+            allocated_bytes=self.nbytes,
+            num_growths=0,
+            num_retired=len(self._tiers.keys),
+            num_forgotten=self._num_forgotten,
+            num_steps=told.num_steps,
+            fetched_bytes=told.num_fetched * self._tiers.layout.layer_bytes,
+            summary_bytes=self._summaries.nbytes,
+            tiers=tiers,
+        )
+
+    def append(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> RecallView:
+        """Store the keys and values of one layer; see `PagedCache.append`. What the last step has
+        pushed out of the window retires first."""
+        if layer == 0:
+            self._retire()
+        hot = self._hot.append(layer, k, v, positions)
+        sequences = torch.arange(self._hot.shape.batch, device=hot.table.device)
+        return RecallView(hot=hot, recollection=self._recollection, sequences=sequences)
+
+    def truncate(self, length: int) -> None:
+        """Forget every slot from `length` on, if the window before it has not retired yet."""
+        ends = self._hot.ends_at(length)
+        for table, end in zip(self._hot.tables, ends, strict=True):
+            if length < self.length and table.evicted > max(0, end - self.window.size + 1):
+                accepted = f"the length {self.length}, or one whose window has not retired yet"
+                raise ArgumentError("length", length, accepted)
+        self._hot.truncate(length)
+
+    def fork(self) -> Self:
+        """A cache that shares every page, and the room for more, in hot pages and in the tiers."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._hot, other._tiers = self._hot.fork(), self._tiers.fork()
+        other._summaries = self._summaries.copy()
+        other._recollection = replace(
+            self._recollection, tiers=other._tiers, summaries=other._summaries
+        )
+        return other
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Hot pages, retired pages and summaries; see `ResumableCache.state`."""
+        return {**self._hot.state(), **self._tiers.state(), **self._summaries.state()}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Hold what `state` was taken of; see `ResumableCache.restore`. Raises `OutOfPages`, the
+        cache being empty then, if there is too little room."""
+        self.reset()
+        try:
+            self._summaries.restore(state)
+            self._tiers.restore(state)
+            self._hot.restore(state)
+        except BaseException:
+            self.reset()
+            raise
+
+    def reset(self) -> None:
+        """Forget everything; memory stays allocated."""
+        self._hot.reset()
+        self._tiers.reset()
+        self._summaries.clear()
+
+    def close(self) -> None:
+        """Give back the files and threads of the tiers."""
+        self._tiers.close()
+
+    def _retire(self) -> None:
+        """Move what the window has passed by to the tiers."""
+        size = self._tiers.page_size
+        for row, end in enumerate(self.next_positions.tolist()):
+            first, table = end - self.window.size + 1, self._hot.tables[row]
+            due = [p for p in table.pages if self.window.sinks <= p * size <= first - size]
+            if not due:
+                continue
+            due = self._make_room(row, due)
+            for start in range(0, len(due), _STAGED_PAGES):
+                self._move(row, due[start : start + _STAGED_PAGES])
+
+    def _make_room(self, row: int, due: list[int]) -> list[int]:
+        """Forget the oldest pages of a sequence where all would be more than its share of the
+        tiers; says which of those due are left."""
+        held = [key for key in self._tiers.keys if key[0] == row]
+        surplus = max(0, len(held) + len(due) - self._summaries.capacity)
+        self._tiers.drop(held[:surplus])
+        self._summaries.forget(row, [part for _, part in held[:surplus]])
+        self._num_forgotten += surplus
+        passed_by = max(0, surplus - len(held))
+        for part in due[:passed_by]:
+            self._hot.give_up(row, part)
+        return due[passed_by:]
+
+    def _move(self, row: int, parts: list[int]) -> None:
+        source, table = self._hot.store, self._hot.tables[row]
+        pages = [table.pages[part] for part in parts]
+        index = torch.tensor(pages, device=source.device)
+        starts = torch.tensor(parts, device=source.device) * source.page_size
+        for layer in range(self._hot.shape.num_layers):
+            with source.arena.frame():
+                k, v = source.read(layer, index, self._hot.dtype)
+                if self._staging is not None and self._turn is not None:
+                    k = self._turn(layer, k.transpose(0, 1), starts).transpose(0, 1)
+                    staged = torch.arange(len(parts), device=source.device)
+                    self._staging.write_pages(layer, staged, k, v)
+                self._summaries.write(layer, row, parts, k)
+        keys = [(row, part) for part in parts]
+        if self._staging is None:
+            forgotten = self._tiers.retire(keys, source, pages)
+        else:
+            forgotten = self._tiers.retire(keys, self._staging, range(len(parts)))
+        for other, part in forgotten:
+            self._summaries.forget(other, [part])
+        self._num_forgotten += len(forgotten)
+        self._summaries.hold(row, parts)
+        for part in parts:
+            self._hot.give_up(row, part)
+            table.evicted = (part + 1) * source.page_size
+
+
+def _check(cache: PagedCache, tiers: Tiers, config: RecallConfig) -> int:
+    """S, if these fit together."""
+    if cache.length or tiers.keys:
+        got = f"length {cache.length}, {len(tiers.keys)} pages in tiers"
+        raise ArgumentError("cache, tiers", got, "empty ones")
+    if cache.window is not None:
+        raise ArgumentError("cache", f"a cache with {cache.window}", "one without a window")
+    if config.budget < tiers.page_bytes:
+        accepted = f"at least a page, which takes {tiers.page_bytes:,} in all layers"
+        raise ArgumentError("budget", f"{config.budget:,} bytes", accepted)
+    if tiers.capacity < cache.shape.batch:
+        accepted = f"room for a page of each of {cache.shape.batch} sequences"
+        raise ArgumentError("tiers", f"room for {tiers.capacity} pages", accepted)
+    tiers.layout.check(cache.store)
+    return tiers.page_size
+
+
+def _staging(cache: PagedCache) -> PageStore:
+    """Where pages lie once they have been rotated back, in full precision."""
+    key_format, value_format = (
+        "float32" if format.quantised else format.name for format in cache.store.formats
+    )
+    return PageStore(
+        cache.shape,
+        _STAGED_PAGES,
+        cache.store.page_size,
+        key_format=key_format,
+        value_format=value_format,
+        device=cache.store.device,
+    )
