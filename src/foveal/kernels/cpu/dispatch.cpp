@@ -39,7 +39,7 @@ using namespace foveal;
 
 // To be raised whenever a structure or a function here changes: the binding compares it with its
 // own, so that a library from an older build is refused instead of called.
-FOVEAL_EXPORT int64_t foveal_version() { return 2; }
+FOVEAL_EXPORT int64_t foveal_version() { return 3; }
 
 // The name of the i-th instruction set that this processor can run, best last; null behind the last.
 FOVEAL_EXPORT const char* foveal_isa_name(int64_t i) {
@@ -70,4 +70,9 @@ FOVEAL_EXPORT void foveal_evaluate(int64_t function, const float* x, float* y, i
 
 FOVEAL_EXPORT void foveal_attention_forward(const AttentionForward* call) {
   in_use->attention_forward(*call);
+}
+
+FOVEAL_EXPORT void foveal_linear(const Linear* linear, const float* x, int64_t rows, int64_t stride,
+                                 float* y, int64_t num_threads) {
+  in_use->linear(*linear, {x, rows, stride, y}, num_threads);
 }

@@ -7,6 +7,7 @@ namespace foveal {
 namespace FOVEAL_ISA {
 
 void attention_forward(const AttentionForward& call);
+void linear(const Linear& linear, const Activations& in, int64_t num_threads);
 
 namespace {
 
@@ -61,6 +62,7 @@ const Kernels FOVEAL_TABLE(FOVEAL_ISA) = {
     FOVEAL_ISA::runs_here,
     FOVEAL_ISA::evaluate,
     FOVEAL_ISA::attention_forward,
+    FOVEAL_ISA::linear,
 };
 
 }  // namespace foveal

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "linear.h"
 
 namespace foveal {
 
@@ -15,6 +16,7 @@ struct Kernels {
   bool (*runs_here)();
   void (*evaluate)(Function function, const float* x, float* y, int64_t count);
   void (*attention_forward)(const AttentionForward& call);
+  void (*linear)(const Linear& linear, const Activations& in, int64_t num_threads);
 };
 
 #if defined(__x86_64__)
