@@ -1,4 +1,4 @@
-"""What `foveal bench quality` measures, as data: one `QualityRecord` a candidate and part.
+"""What `foveal bench quality` measures, as data.
 
 A *candidate* is a way to read a text: with all of it in view (`FULL`), with the last tokens
 computed afresh for each prediction (`RECOMPUTE`, "sliding window with re-computation" of Xiao et
@@ -13,17 +13,11 @@ itself at a loss, and recomputing the window is what a stream is to be held agai
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-from foveal.bench import lines
-from foveal.bench.record import Run
+from foveal.bench.finding import Column
 
 FULL = "full"
 RECOMPUTE = "recompute"
-
-Part = Literal["context", "policies", "sinks", "precision", "recall", "mass"]
-PARTS: tuple[Part, ...] = ("context", "policies", "sinks", "precision", "recall", "mass")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,21 +34,15 @@ class Candidate:
     settings: str = "{}"
     """Of the policy, as JSON."""
 
-    def __str__(self) -> str:
+    @property
+    def subject(self) -> dict[str, str]:
+        """For a finding."""
         kept = f"{self.sinks}+{self.span - self.sinks}" if self.sinks else f"{self.span}"
-        words = self.policy if self.policy == FULL else f"{self.policy} {kept}"
-        return f"{words}, {self.kv}"
+        settings = {} if self.settings == "{}" else {"settings": self.settings}
+        return {"policy": self.policy, "tokens": kept, "stored as": self.kv, **settings}
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Text:
-    """What was read."""
-
-    name: str
-    num_tokens: int
-    """Of the whole text, of which passages are read."""
-    sha256: str
-    """Of its token ids."""
+    def __str__(self) -> str:
+        return " ".join([*self.subject.values()][:3])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +53,9 @@ class Mean:
     value: float
     error: float
 
-    def __str__(self) -> str:
-        return f"{self.value:.4f} ± {self.error:.4f}"
+    def named(self, name: str) -> dict[str, float | None]:
+        """For a finding."""
+        return {name: self.value, f"{name} ±": self.error}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,15 +72,17 @@ class Divergence:
     more: Mean
     """Bits per token that the candidate needs beyond the reference, token by token."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stretch:
-    """Some positions in a row."""
-
-    end: int
-    """One after the last."""
-    bits: float
-    """Mean bits per token there, over all passages."""
+    @property
+    def values(self) -> dict[str, float | None]:
+        """For a finding."""
+        against = self.reference.policy
+        return {
+            **self.more.named(f"more than {against}"),
+            f"KL to {against}": self.kl_mean,
+            f"KL p99 to {against}": self.kl_p99,
+            f"KL max to {against}": self.kl_max,
+            f"same top-1 as {against}_share": self.agreement,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,49 +91,42 @@ class Scores:
 
     num_tokens: int
     """That were scored."""
-    first: int
-    """So many predictions at the beginning of each passage are not scored."""
-    length: int
-    """Of each passage, in tokens; each is read from an empty memory."""
     bits: Mean
     """Per token."""
     s_per_token: float
-    """Median over steps of `step_tokens`, of all candidates in turn."""
-    step_tokens: int
+    """Median over steps, of all candidates in turn."""
     held_bytes: int
     """Keys and values held at the end of a passage, with all that the policy keeps beside them;
     0 for what is computed afresh."""
     divergences: tuple[Divergence, ...]
-    curve: tuple[Stretch, ...]
+    curve: dict[str, Column]
+    """`position`, one after the last of a stretch, and its mean `bits` over all passages."""
 
-    def against(self, reference: str) -> Divergence | None:
-        """The divergence from the reference of this policy's name."""
-        found = [d for d in self.divergences if d.reference.policy == reference]
-        return found[0] if found else None
+    @property
+    def values(self) -> dict[str, float | None]:
+        """For a finding."""
+        found = self.bits.named("bits per token")
+        for divergence in self.divergences:
+            found |= divergence.values
+        return {**found, "held_bytes": self.held_bytes, "token_s": self.s_per_token}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recalled:
-    """Random strings that were told once and come again after a distance."""
+    """Random strings that were told once and asked for after a distance."""
 
-    distance: int
-    """Tokens between what tells the string and what asks for it."""
-    num_facts: int
+    distance: int | None
+    """Tokens between what tells the string and what asks for it; None if it was never told."""
+    num_strings: int
     bits: Mean
-    """Per token of the string when it comes again; errors over facts."""
+    """Per token of the string."""
     hits: float
     """Share of the string's tokens that were held for the likeliest."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Memory:
-    """How well random strings are copied."""
-
-    recalled: tuple[Recalled, ...]
-    fresh: Mean
-    """Bits per token of a string that was never told, in the same place."""
-    chance: float
-    """Bits per token if only the alphabet were known."""
+    @property
+    def values(self) -> dict[str, float | None]:
+        """For a finding."""
+        return {**self.bits.named("bits per token"), "right_share": self.hits}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,44 +137,17 @@ class Mass:
     head: int
     shares: tuple[float, ...]
     """Of its attention that goes to each of the first tokens, mean over queries."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Masses:
-    """How much attention goes to the first tokens."""
-
-    heads: tuple[Mass, ...]
     even: float
     """The share of one token if all that a query sees were given the same."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QualityRecord:
-    """One candidate in one part; of what was measured, the one that the part is about."""
-
-    benchmark: Literal["quality"] = "quality"
-    part: Part
-    text: Text
-    model: str
-    """Fingerprint of the weights."""
-    candidate: Candidate
-    reason: str = ""
-    """Why it was not measured; empty if it was."""
-    scores: Scores | None = None
-    memory: Memory | None = None
-    masses: Masses | None = None
-    run: Run
-
-
-def read_quality(path: Path) -> list[QualityRecord]:
-    """Every record of a file. Raises `LoadError` with the line and the field that are wrong."""
-    return lines.read(path, QualityRecord)
-
-
-def newest(records: Iterable[QualityRecord]) -> list[QualityRecord]:
-    """Of several records of one candidate in one part, of one text, model and machine, the last."""
-    last = {(r.part, r.text.sha256, r.model, r.run.fingerprint, r.candidate): r for r in records}
-    return list(last.values())
+    @property
+    def values(self) -> dict[str, float | None]:
+        """For a finding."""
+        return {
+            "first_share": self.shares[0],
+            f"first {len(self.shares)}_share": sum(self.shares),
+            "one of all, evenly_share": self.even,
+        }
 
 
 def mean_of(blocks: Iterable[float]) -> Mean:

@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 
-from foveal.bench.quality import Mass, Masses
+from foveal.bench.quality import Mass
 from foveal.kv.cache import CacheStats, KVView, Sight, View, Window
 from foveal.kv.contiguous import ContiguousCache
 from foveal.models.decoder import Decoder
@@ -23,7 +23,9 @@ NUM_FIRST = 4
 
 
 @torch.inference_mode()
-def masses(model: Decoder, passages: Sequence[Sequence[int]], first: int, backend: str) -> Masses:
+def masses(
+    model: Decoder, passages: Sequence[Sequence[int]], first: int, backend: str
+) -> list[Mass]:
     """Mean shares over the queries from `first` on of dense attention over each passage."""
     total = torch.zeros(model.config.num_layers, model.config.num_heads, NUM_FIRST)
     length = len(passages[0])
@@ -32,15 +34,12 @@ def masses(model: Decoder, passages: Sequence[Sequence[int]], first: int, backen
         for part in (passage[:first], passage[first:]):
             model.hidden(torch.tensor([part], device=model.device), cache=cache, backend=backend)
         total += torch.stack([shares.mean(-1) for shares in cache.shares]).cpu()
-    seen = torch.arange(first, length) + 1
-    return Masses(
-        heads=tuple(
-            Mass(layer=layer, head=head, shares=tuple(shares.tolist()))
-            for layer, heads in enumerate(total / len(passages))
-            for head, shares in enumerate(heads)
-        ),
-        even=float((1 / seen).mean()),
-    )
+    even = float((1 / (torch.arange(first, length) + 1)).mean())
+    return [
+        Mass(layer=layer, head=head, shares=tuple(shares.tolist()), even=even)
+        for layer, heads in enumerate(total / len(passages))
+        for head, shares in enumerate(heads)
+    ]
 
 
 class WatchedCache:

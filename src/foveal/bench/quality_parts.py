@@ -7,23 +7,15 @@
     recall     random strings told once and asked for after a distance
     mass       the share of attention that goes to the first tokens
 
-Each part reads passages of its own choice from one text and yields its records when all of them
+Each part reads passages of its own choice from one text and yields its findings when all of them
 have been read, so a run can be made part by part.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from foveal.bench.quality import (
-    FULL,
-    RECOMPUTE,
-    Candidate,
-    Masses,
-    Memory,
-    Part,
-    QualityRecord,
-    Scores,
-)
+from foveal.bench.finding import Column, Finding
+from foveal.bench.quality import FULL, RECOMPUTE, Candidate
 from foveal.bench.quality_mass import masses
 from foveal.bench.quality_readers import StreamReader, open_reader
 from foveal.bench.quality_recall import plan, remember
@@ -35,12 +27,13 @@ from foveal.core.errors import ArgumentError, BudgetExceeded, ConfigError
 from foveal.engine.llm import LLM
 from foveal.engine.policies.catalogue import POLICIES, find_policy
 from foveal.kv.formats import FORMATS
-from foveal.models.fingerprint import fingerprint
 
+BENCHMARK = "quality"
+PARTS = ("context", "policies", "sinks", "precision", "recall", "mass")
 STEP_TOKENS = 256
 """Read at once."""
 PRECISE_STEP_TOKENS = 32
-"""Read at once where storage is measured: a token of this step may still be as it was computed."""
+"""Read at once where storage is measured: what this step computes may not be stored yet."""
 MASS_PASSAGES = 16
 
 Progress = Callable[[str, int], Callable[[], object]]
@@ -50,27 +43,19 @@ Refusal = (ArgumentError, ConfigError, BudgetExceeded)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What is measured; empty tuples stand for the default, which depends on the model."""
+    """What is measured; empty tuples stand for a default that depends on the model."""
 
-    tokens: int = 51_200
+    tokens: int
     """Read by each candidate in each part that scores a text."""
-    length: int = 8192
+    length: int
     """Of a passage that goes beyond the context."""
     policies: tuple[str, ...] = ()
     windows: tuple[int, ...] = ()
     """Tokens kept, sinks included."""
-    sinks: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
+    sinks: tuple[int, ...]
     kv: tuple[str, ...] = ()
-    distances: tuple[int, ...] = (64, 128, 256, 384, 768, 1536, 3072)
-    facts: int = 24
-
-    @property
-    def described(self) -> dict[str, str]:
-        """For the records."""
-        return {
-            "tokens": f"{self.tokens} a candidate, in passages of {self.length} or the context",
-            "recall": f"{self.facts} facts",
-        }
+    distances: tuple[int, ...]
+    facts: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,9 +68,9 @@ class Bench:
     run: Run
     progress: Progress
 
-    def measure(self, part: Part) -> Iterator[QualityRecord]:
-        """The records of one part."""
-        parts: Mapping[Part, Callable[[], Iterable[QualityRecord]]] = {
+    def measure(self, part: str) -> Iterator[Finding]:
+        """The findings of one part."""
+        parts: Mapping[str, Callable[[], Iterator[Finding]]] = {
             "context": self._context,
             "policies": self._policies,
             "sinks": self._sinks,
@@ -105,24 +90,19 @@ class Bench:
         """Those asked for, else an eighth, half and all of the context."""
         return self.settings.windows or (self.context // 8, self.context // 2, self.context)
 
-    @property
-    def policies(self) -> tuple[str, ...]:
-        """Those asked for, else all."""
-        return self.settings.policies or tuple(policy.name for policy in POLICIES)
-
     def candidate(self, policy: str, span: int, sinks: int = 0, kv: str = "") -> Candidate:
         """In the model's dtype unless told otherwise."""
         kv = kv or dtype_name(self.llm.model.dtype)
         return Candidate(policy=policy, span=span, sinks=sinks, kv=kv)
 
-    def _context(self) -> Iterator[QualityRecord]:
+    def _context(self) -> Iterator[Finding]:
         windows = [window for window in self.windows if window < self.context]
         yield from self._scored("context", self._of_policies(windows), self._rows(STEP_TOKENS))
 
-    def _policies(self) -> Iterator[QualityRecord]:
+    def _policies(self) -> Iterator[Finding]:
         yield from self._scored("policies", self._of_policies(self.windows), self._passages())
 
-    def _sinks(self) -> Iterator[QualityRecord]:
+    def _sinks(self) -> Iterator[Finding]:
         candidates = [
             self.candidate("sinks", window, sinks)
             for window in sorted({min(self.windows), max(self.windows)})
@@ -131,40 +111,53 @@ class Bench:
         ]
         yield from self._scored("sinks", candidates, self._passages())
 
-    def _precision(self) -> Iterator[QualityRecord]:
+    def _precision(self) -> Iterator[Finding]:
         own = dtype_name(self.llm.model.dtype)
         formats = self.settings.kv or tuple(format.name for format in FORMATS)
         candidates = [self.candidate(FULL, self.context, kv=kv) for kv in formats if kv != own]
         yield from self._scored("precision", candidates, self._rows(PRECISE_STEP_TOKENS))
 
-    def _recall(self) -> Iterator[QualityRecord]:
+    def _recall(self) -> Iterator[Finding]:
         settings, source = self.settings, self.source
         tokenizer = self.llm.tokenizer
         planned = plan(tokenizer, source.ids, source.begin, settings.distances, settings.facts)
+        chance = f"{planned.chance:.2f} bits per token if only the alphabet were known"
+        title = f"{source.name}: {settings.facts} random strings, asked for once; {chance}"
         full = self.candidate(FULL, len(planned.ids) + self.context)
         for candidate in (full, *self._of_policies([self.context])):
             try:
                 reader = StreamReader(self.llm, candidate, STEP_TOKENS)
             except Refusal as refusal:
-                yield self._record("recall", candidate, reason=str(refusal))
+                yield self._refused("recall", title, candidate, refusal)
                 continue
             questions = sum(map(len, planned.questions.values()))
-            memory = remember(reader.session, planned, self.progress(str(candidate), questions))
+            found = remember(reader.session, planned, self.progress(str(candidate), questions))
             reader.close()
-            yield self._record("recall", reader.candidate, memory=memory)
+            for recalled in found:
+                distance = {"after": str(recalled.distance or "never told")}
+                subject = {**reader.candidate.subject, **distance}
+                yield self._finding("recall", title, subject, recalled.values)
 
-    def _mass(self) -> Iterator[QualityRecord]:
-        full = self.candidate(FULL, self.context)
-        rows = self._rows(STEP_TOKENS).passages[:MASS_PASSAGES]
-        found = masses(self.llm.model, rows, self.context // 2, self.llm.backend)
-        yield self._record("mass", full, masses=found)
+    def _mass(self) -> Iterator[Finding]:
+        reading = self._rows(STEP_TOKENS)
+        rows = reading.passages[:MASS_PASSAGES]
+        for opened in (True, False):
+            start = 0 if opened else len(self.source.begin)
+            how = "opened by the begin token" if opened else "begun in the middle"
+            title = f"{self.source.name}: {len(rows)} rows {how}, second half of {self.context}"
+            given = [row[start:] for row in rows]
+            found = masses(self.llm.model, given, reading.first, self.llm.backend)
+            for mass in found if opened or self.source.begin else ():
+                subject = {"layer": str(mass.layer), "head": str(mass.head)}
+                yield self._finding("mass", title, subject, mass.values)
 
     def _of_policies(self, windows: Sequence[int]) -> list[Candidate]:
         """Each policy with its own number of sinks, at each window."""
+        names = self.settings.policies or tuple(policy.name for policy in POLICIES)
         return [
             self.candidate(name, window, find_policy(name).sinks)
             for window in windows
-            for name in self.policies
+            for name in names
         ]
 
     def _rows(self, step_tokens: int) -> Reading:
@@ -174,54 +167,56 @@ class Bench:
 
     def _passages(self) -> Reading:
         """Passages far longer than the context; all beyond it is scored."""
+        if self.settings.length <= self.context:
+            accepted = f"more than the model's context of {self.context}"
+            raise ArgumentError("length", self.settings.length, accepted)
         passages = self.source.passages(self.settings.length + 1, self.settings.tokens)
         return Reading(passages=passages, first=self.context, step_tokens=STEP_TOKENS)
 
     def _scored(
-        self, part: Part, candidates: Sequence[Candidate], reading: Reading
-    ) -> Iterator[QualityRecord]:
+        self, part: str, candidates: Sequence[Candidate], reading: Reading
+    ) -> Iterator[Finding]:
         """References first, then each candidate that can be."""
-        length = len(reading.passages[0]) - 1
-        full = self._entrant(self.candidate(FULL, length), reading)
-        entrants = [full]
-        spans = sorted({c.span for c in candidates} if length > self.context else ())
+        title = f"{self.source.name}: {reading}"
+        full = self._entrant(self.candidate(FULL, reading.length), reading)
+        spans = sorted({c.span for c in candidates} if reading.length > self.context else ())
         windows = {
             span: self._entrant(self.candidate(RECOMPUTE, span), reading, full) for span in spans
         }
-        entrants += windows.values()
+        entrants = [full, *windows.values()]
         for candidate in candidates:
             references = [full, *([windows[candidate.span]] if spans else [])]
             try:
                 entrants.append(self._entrant(candidate, reading, *references))
             except Refusal as refusal:
-                yield self._record(part, candidate, reason=str(refusal))
+                yield self._refused(part, title, candidate, refusal)
         read_all(entrants, reading, self.progress(part, reading.num_steps * len(entrants)))
         for entrant in entrants:
             entrant.reader.close()
-            yield self._record(part, entrant.candidate, scores=entrant.scores(reading))
+            scores = entrant.scores(reading)
+            yield self._finding(part, title, entrant.candidate.subject, scores.values, scores.curve)
 
     def _entrant(self, candidate: Candidate, reading: Reading, *references: Entrant) -> Entrant:
         begin, step = self.source.begin, reading.step_tokens
         return Entrant(open_reader(self.llm, candidate, begin, step), references)
 
-    def _record(
+    def _refused(self, part: str, title: str, candidate: Candidate, refusal: Exception) -> Finding:
+        return self._finding(part, title, {**candidate.subject, "refused": str(refusal)}, {})
+
+    def _finding(
         self,
-        part: Part,
-        candidate: Candidate,
-        *,
-        reason: str = "",
-        scores: Scores | None = None,
-        memory: Memory | None = None,
-        masses: Masses | None = None,
-    ) -> QualityRecord:
-        return QualityRecord(
+        part: str,
+        title: str,
+        subject: dict[str, str],
+        values: dict[str, float | None],
+        curve: dict[str, Column] | None = None,
+    ) -> Finding:
+        return Finding(
+            benchmark=BENCHMARK,
             part=part,
-            text=self.source.text,
-            model=fingerprint(self.llm.model),
-            candidate=candidate,
-            reason=reason,
-            scores=scores,
-            memory=memory,
-            masses=masses,
+            title=title,
+            subject=subject,
+            values=values,
+            curve=curve or {},
             run=self.run,
         )

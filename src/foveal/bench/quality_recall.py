@@ -12,12 +12,13 @@ same question with a string that was never told is the yardstick.
 
 import math
 import random
+import statistics
 import string
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from foveal.bench.quality import Memory, Recalled, mean_of
+from foveal.bench.quality import Recalled, mean_of
 from foveal.core.errors import ArgumentError
 from foveal.engine.session import Session
 from foveal.text.tokenizer import Tokenizer
@@ -57,6 +58,16 @@ class Plan:
     """Bits per token of a string of which only the alphabet is known."""
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One string, asked for once."""
+
+    bits: float
+    """Per token."""
+    hits: float
+    """Share of its tokens that were likeliest."""
+
+
 def plan(
     tokenizer: Tokenizer,
     ids: Sequence[int],
@@ -90,10 +101,10 @@ def plan(
 
 def remember(
     session: Session, planned: Plan, on_question: Callable[[], object] = lambda: None
-) -> Memory:
-    """Read the text, ask every question, and say how many bits the answers took."""
-    answers: defaultdict[int, list[tuple[float, float]]] = defaultdict(list)
-    fresh = []
+) -> list[Recalled]:
+    """Read the text and ask every question: how well strings are known by distance, ascending,
+    and last those that were never told."""
+    answers: defaultdict[int | None, list[Answer]] = defaultdict(list)
     position = 0
     for at, asked in planned.questions.items():
         session.feed(planned.ids[position:at])
@@ -101,22 +112,21 @@ def remember(
         for distance, fact in asked:
             answers[distance].append(_ask(session, fact.asked, fact.told))
             if distance == planned.farthest:
-                fresh.append(_ask(session, fact.asked, fact.other)[0])
+                answers[None].append(_ask(session, fact.asked, fact.other))
             on_question()
-    recalled = (
+    return [
         Recalled(
             distance=distance,
-            num_facts=len(found),
-            bits=mean_of(bits for bits, _ in found),
-            hits=sum(hits for _, hits in found) / len(found),
+            num_strings=len(found),
+            bits=mean_of(answer.bits for answer in found),
+            hits=statistics.fmean(answer.hits for answer in found),
         )
-        for distance, found in sorted(answers.items())
-    )
-    return Memory(recalled=tuple(recalled), fresh=mean_of(fresh), chance=planned.chance)
+        for distance, found in sorted(answers.items(), key=lambda item: item[0] or math.inf)
+    ]
 
 
-def _ask(session: Session, asked: Sequence[int], answer: Sequence[int]) -> tuple[float, float]:
-    """Bits per token of the answer, and the share of it that was likeliest, on a fork."""
+def _ask(session: Session, asked: Sequence[int], answer: Sequence[int]) -> Answer:
+    """How well the answer is foreseen, on a fork of the stream."""
     fork = session.fork()
     fork.feed(asked)
     bits, hits = 0.0, 0
@@ -125,7 +135,7 @@ def _ask(session: Session, asked: Sequence[int], answer: Sequence[int]) -> tuple
         hits += int(fork.next_logits.argmax()) == token
         bits += float(fork.feed([token]).sum())
     fork.close()
-    return bits / len(answer), hits / len(answer)
+    return Answer(bits / len(answer), hits / len(answer))
 
 
 def _fact(tokenizer: Tokenizer, rng: random.Random) -> Fact:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from foveal.bench.quality import Candidate, Divergence, Mean, Scores, Stretch, mean_of
+from foveal.bench.finding import Column
+from foveal.bench.quality import Candidate, Divergence, Mean, Scores, mean_of
 from foveal.bench.quality_readers import Reader
 
 BLOCK_TOKENS = 256
@@ -35,9 +36,21 @@ class Reading:
     """Read at once."""
 
     @property
+    def length(self) -> int:
+        """Tokens of a passage that are read."""
+        return len(self.passages[0]) - 1
+
+    @property
     def num_steps(self) -> int:
         """Of one reader."""
         return sum(1 for passage in self.passages for _ in self.steps(passage))
+
+    def __str__(self) -> str:
+        scored = f"scored from {self.first:,} on" if self.first else "all scored"
+        return (
+            f"{len(self.passages)} passages of {self.length:,} tokens, {scored}, "
+            f"read {self.step_tokens} at once"
+        )
 
     def steps(self, passage: Sequence[int]) -> Iterator[tuple[int, Sequence[int], torch.Tensor]]:
         """Where each step begins, its tokens, and the tokens that follow each of them."""
@@ -106,11 +119,8 @@ class Entrant:
         scored = self._seconds[-(-reading.first // reading.step_tokens) :]
         return Scores(
             num_tokens=len(counted),
-            first=reading.first,
-            length=len(reading.passages[0]),
             bits=_mean(counted),
             s_per_token=statistics.median(scored or self._seconds),
-            step_tokens=reading.step_tokens,
             held_bytes=self._held_bytes,
             divergences=tuple(
                 self._divergence(reference, pair, reading) for reference, pair in self._pairs
@@ -153,11 +163,9 @@ def _mean(bits: torch.Tensor) -> Mean:
     return Mean(value=float(bits.double().mean()), error=mean_of(blocks).error)
 
 
-def _curve(bits: torch.Tensor) -> tuple[Stretch, ...]:
+def _curve(bits: torch.Tensor) -> dict[str, Column]:
     """Mean bits of every stretch of positions; `bits` is [passages, positions]."""
     width = -(-bits.shape[1] // STRETCHES)
+    means = [float(part.double().mean()) for part in torch.split(bits, width, dim=1)]
     ends = [*range(width, bits.shape[1], width), bits.shape[1]]
-    return tuple(
-        Stretch(end=end, bits=float(part.double().mean()))
-        for end, part in zip(ends, torch.split(bits, width, dim=1), strict=True)
-    )
+    return {"position": tuple(map(float, ends)), "bits": tuple(means)}

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from foveal.bench.quality import Text
 from foveal.core.errors import ArgumentError
 from foveal.text.tokenizer import Tokenizer
 from foveal.training.config import Recipe
@@ -25,10 +24,15 @@ RECIPE = Path(__file__).parents[1] / "data" / "recipes" / "bundled.toml"
 class Source:
     """A text as token ids."""
 
-    text: Text
+    name: str
     ids: tuple[int, ...]
     begin: tuple[int, ...]
     """What opens a passage: the begin token, where the tokenizer has one."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the ids."""
+        return hashlib.sha256(np.asarray(self.ids, dtype=np.int64).tobytes()).hexdigest()
 
     def passages(self, length: int, num_tokens: int) -> list[list[int]]:
         """Passages of `length` tokens, of about `num_tokens` in all; fewer where the text is
@@ -63,7 +67,5 @@ def _read(file: Path) -> str:
 
 
 def _source(tokenizer: Tokenizer, name: str, ids: Sequence[int]) -> Source:
-    digest = hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()
-    text = Text(name=name, num_tokens=len(ids), sha256=digest)
     begin = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-    return Source(text=text, ids=tuple(ids), begin=begin)
+    return Source(name=name, ids=tuple(ids), begin=begin)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from foveal.cli.bench_quality import quality
 from foveal.core.errors import ArgumentError, ConfigError
 
 bench = typer.Typer(
@@ -13,6 +14,8 @@ bench = typer.Typer(
     help="Measure, hold against float64, keep every sample, and show.",
     no_args_is_help=True,
 )
+
+bench.command()(quality)
 
 Some = str | None
 Backends = Annotated[Some, typer.Option("--backend", help="Only these, such as flash,fused.")]
