@@ -6,11 +6,15 @@ and over the queries of a step, and smoothed over steps:
 
     share <- (w share + sum over the step's queries) / (w + n),    w <- min(w + n, 64)
 
-where n is the number of these queries and w that of the earlier ones, at most 64. A head's need is
-the fewest strides beyond which no more than `1 - mass` of its attention goes, and its reach is an
-eighth more, at least one stride. That margin is where a head shows that it needs more: of what is
-no longer there nothing can be known. A reach that is too short grows by an eighth with every
-observation, as tokens arrive.
+where n is the number of these queries and w that of the earlier ones, at most 64. The reach of a
+head is the fewest strides r for which both what was observed beyond them, and what there would be
+if it went on at the rate of the last one for as long again, are at most `1 - mass`:
+
+    share_{r+1} + share_{r+2} + ... <= 1 - mass     and     r share_r <= 1 - mass
+
+The second holds the mass where nothing beyond the reach is there to be observed any more (for
+shares that fall exponentially or faster). Until it is met, the reach grows by a stride with every
+observation, as tokens arrive: it widens with the first sample and narrows with the smoothed past.
 """
 
 from typing import Self
@@ -21,8 +25,6 @@ from foveal.core.errors import ArgumentError
 
 _MEMORY = 64
 """Queries for which all earlier ones count at most."""
-_MARGIN = 8
-"""A reach is its need and one part in so many of it."""
 
 
 class Reaches:
@@ -66,10 +68,12 @@ class Reaches:
         nothing has been observed."""
         if not self.weight:
             return [[most] * self.shares.shape[1] for _ in self.shares]
-        from_there = self.shares.flip(-1).cumsum(-1).flip(-1)  # at a distance or beyond it
-        need = (from_there[..., 1:] > 1 - self.mass).sum(-1)
-        margin = (need / _MARGIN).ceil().long().clamp(min=1)
-        bounded: list[list[int]] = (need + margin).clamp(least, most).tolist()
+        beyond = self.shares.sum(-1, keepdim=True) - self.shares.cumsum(-1)
+        ahead = self.shares * torch.arange(self.longest + 1)
+        rest = torch.maximum(beyond, ahead)
+        rest[..., -1] = 0.0
+        reach = (rest <= 1 - self.mass).int().argmax(-1)
+        bounded: list[list[int]] = reach.clamp(least, most).tolist()
         return bounded
 
     def forget(self) -> None:
