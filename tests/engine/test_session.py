@@ -22,6 +22,7 @@ from foveal.engine.session import Session
 from foveal.models.config import ModelConfig
 from foveal.models.decoder import Decoder
 from foveal.text.bytes import BEGIN_ID
+from sights import sight
 from tiny import CONTEXT, write_tiny_model
 
 TEXT = "The quick brown fox jumps over the lazy dog; päper und Tinte. " * 3
@@ -110,8 +111,9 @@ def test_the_estimate_of_a_step_holds(llm: LLM) -> None:
     for chunk, kv in ((1, None), (32, None), (128, None), (1, "int8"), (128, "int8")):
         session = Session(llm, window=128, chunk=chunk, kv=kv)
         session.feed(TEXT)
-        taken = counted_peak(lambda: session.feed("x" * chunk))  # noqa: B023
-        assert taken <= session.need.step_bytes <= 10 * taken
+        fresh = session.fork()  # its scratch memory is yet to be allocated
+        taken = counted_peak(lambda: fresh.feed("x" * chunk))  # noqa: B023
+        assert taken <= session.need.step_bytes <= 20 * taken
 
 
 def test_generates_what_a_prompt_would(llm: LLM) -> None:
@@ -143,12 +145,14 @@ def test_saved_sessions_go_on_to_the_bit(llm: LLM, tmp_path: Path) -> None:
         assert loaded.generate(GREEDY).token_ids == session.generate(GREEDY).token_ids
 
 
-@pytest.mark.parametrize("kv", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "kv", ["bfloat16", "float16", "int8", "int8-channel", "int4", "int4-channel"]
+)
 def test_other_formats_take_less_and_survive_for_ever(llm: LLM, tmp_path: Path, kv: str) -> None:
-    session, exact = Session(llm, window=64, kv=kv, chunk=32), Session(llm, window=64, chunk=32)
+    session, exact = (Session(llm, window=128, kv=one, chunk=16) for one in (kv, None))
     near, far = session.feed(TEXT * 3), exact.feed(TEXT * 3)
-    typical = float((near - far).abs().median())
-    assert 0 < typical < {"bfloat16": 0.1, "int8": 0.1, "int4": 3.0}[kv]
+    typical = float((near - far)[250:].abs().median())
+    assert 0 < typical < {"bfloat16": 0.1, "float16": 0.1}.get(kv, 0.2 if "int8" in kv else 2.0)
     assert session.need.cache_bytes < exact.need.cache_bytes
     assert session.stats.cache.allocated_bytes == session.need.cache_bytes
     session.save(tmp_path / "state")
@@ -157,10 +161,33 @@ def test_other_formats_take_less_and_survive_for_ever(llm: LLM, tmp_path: Path, 
     assert torch.equal(loaded.logits(TEXT), later) and torch.equal(branch.logits(TEXT), later)
 
 
-@pytest.mark.parametrize("window", [4, 15, 16, 17])
-def test_pages_suffice_whatever_the_window_and_the_steps(llm: LLM, window: int) -> None:
+@pytest.mark.parametrize("window", [4, 15, 16, 17, 40])
+@pytest.mark.parametrize("kv", ["bfloat16", "int8"])
+def test_pages_suffice_whatever_the_window_and_the_steps(llm: LLM, window: int, kv: str) -> None:
     for chunk in (1, 3, 16, 17):
-        Session(llm, window=window, kv="int8", chunk=chunk).feed(TEXT[:120])
+        Session(llm, window=window, kv=kv, chunk=chunk).feed(TEXT[:120])
+
+
+def test_sinks_and_what_is_recent_stay_exact_where_the_rest_is_in_few_bits(llm: LLM) -> None:
+    session, exact = (Session(llm, window=100, kv=kv, chunk=5) for kv in ("int4", None))
+    recent = list(TEXT.encode()[:10])  # all of it is recent: nothing is coded
+    assert torch.allclose(session.feed(recent)[1:], exact.feed(recent)[1:], atol=1e-4)
+    for one in (session, exact):
+        one.feed(TEXT * 2)
+    ours, theirs = (held(one) for one in (session, exact))
+    same = {place for place in theirs if torch.equal(ours[place], theirs[place])}
+    end = session.num_tokens
+    assert same >= {*range(4), *range(end - 12, end)}
+    assert len(same) < len(theirs)
+
+
+def held(session: Session) -> dict[int, torch.Tensor]:
+    """The keys of the first layer, by position: what went before does not change them."""
+    found = {}
+    for tile in session._cache.view(0).tiles(sight()):
+        for slot in (tile.positions[0] >= 0).nonzero().flatten().tolist():
+            found[int(tile.positions[0, slot])] = tile.keys[0, :, slot].clone()
+    return found
 
 
 def test_forks_and_resets_are_independent(llm: LLM) -> None:
@@ -261,7 +288,6 @@ def test_bad_sessions_are_refused(llm: LLM) -> None:
         ({"memory": 0}, "memory: got 0"),
         ({"chunk": 0}, "chunk: got 0"),
         ({"kv": "int7"}, "format: got 'int7'; accepted: float32, "),
-        ({"kv": "int8-channel"}, "kv: got 'int8-channel'; accepted: a format with scales per tok"),
     ):
         with pytest.raises(ArgumentError, match=message):
             Session(llm, **settings)

@@ -1,5 +1,7 @@
 """What is particular to the quantised cache: what is coded, when, and what it takes."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from foveal.core.errors import ArgumentError, OutOfPages
 from foveal.kv.cache import CacheShape, Window
 from foveal.kv.formats import parse_format
 from foveal.kv.paged import PagedCache
+from foveal.kv.prefix import Salt
 from foveal.kv.quantised import QuantisedCache
 from foveal.kv.store import PageStore
 from sights import sight
@@ -99,6 +102,19 @@ def test_a_fork_shares_old_pages_and_all_are_given_back() -> None:
     assert held.stats.used_bytes == 0
 
 
+@pytest.mark.parametrize("name", ["int8", "int8-channel"])
+def test_pages_of_int8_take_at_most_55_percent_of_bfloat16(name: str) -> None:
+    for dim, page_size in itertools.product((64, 96, 128, 256), (64, 128, 256)):
+        shape = CacheShape(num_layers=2, batch=1, num_kv_heads=2, head_dim=dim, value_dim=dim)
+        few, wide = (
+            PageStore(shape, 3, page_size, key_format=format, value_format=format, device="meta")
+            for format in (name, "bfloat16")
+        )
+        assert few.nbytes <= 0.55 * wide.nbytes
+        per_head = parse_format(name).nbytes(page_size, dim)
+        assert few.page_bytes == 2 * 2 * 2 * per_head  # layers, heads, keys and values
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 def test_int8_takes_at_most_55_percent_with_everything_counted(dim: int) -> None:
     shape = CacheShape(num_layers=2, batch=1, num_kv_heads=2, head_dim=dim, value_dim=dim)
@@ -134,6 +150,8 @@ def test_misuse_is_refused() -> None:
         QuantisedCache(recent, old, num_recent=-1)
     with pytest.raises(ArgumentError, match="store: got pages of 8; accepted: pages of 4 tokens"):
         QuantisedCache(recent, PageStore(SHAPE, 4, 8), num_recent=0)
+    with pytest.raises(ArgumentError, match="accepted: a cache without a salt: what a coded page"):
+        QuantisedCache(PagedCache(recent.store, salt=Salt(model="m")), old, num_recent=0)
     recent.append(0, torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))
     recent.append(1, torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))
     with pytest.raises(ArgumentError, match="cache: got length 1; accepted: an empty cache"):

@@ -20,10 +20,14 @@ from foveal.core.errors import BudgetExceeded
 from foveal.core.units import format_bytes
 from foveal.engine.policy import Policy, Storage
 from foveal.kv.cache import Window
+from foveal.kv.formats import parse_format
 from foveal.models.decoder import Decoder
 
-LARGEST_STEP = 256
+_LARGEST_STEP = 256
 """Tokens of a step where nobody says: more make a step of a small model no faster."""
+_STEPS_OF_WINDOW = 4
+"""Where keys and values are stored in few bits, a step is at most this part of the window: its own
+tokens are not coded before it ends, and would take what coding saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,9 @@ class Stream:
     def need(self) -> Need:
         """What it takes."""
         meta = replace(self.storage, device=torch.device("meta"))
-        cache_bytes = self.policy.make(self.window, meta).nbytes
+        cache = self.policy.make(self.window, meta)
+        cache_bytes = cache.nbytes
+        seen = min(cache.stats.capacity, 2 * self.window.span)  # pages hold more than the window
         config, tokens = self.model.config, self.storage.step_tokens
         spec = narrow(config.spec(0), self.window)
         workload = Workload(
@@ -75,7 +81,7 @@ class Stream:
         step_bytes = (
             tokens * self.storage.shape.slot_elements * self.storage.dtype.itemsize
             + cache_bytes // config.num_layers
-            + (self.window.span + tokens) * layer_bytes
+            + (seen + tokens) * layer_bytes
             + tokens * elements * 4
             + choose(spec, workload, backend=self.backend).chosen.workspace_bytes
         )
@@ -86,7 +92,7 @@ class Stream:
 
         Raises `BudgetExceeded` with the numbers, and with the largest window that would fit.
         """
-        step = step_tokens or LARGEST_STEP
+        step = step_tokens or self._largest_step()
         fitted = self._with(self.window.size, step)
         while memory is not None and fitted.need().total_bytes > memory:
             if step_tokens or step == 1:
@@ -94,6 +100,13 @@ class Stream:
             step //= 2
             fitted = self._with(self.window.size, step)
         return fitted
+
+    def _largest_step(self) -> int:
+        step = _LARGEST_STEP
+        coded = parse_format(self.storage.format).quantised
+        while coded and step > max(1, self.window.size // _STEPS_OF_WINDOW):
+            step //= 2
+        return step
 
     def _with(self, size: int, step_tokens: int) -> "Stream":
         storage = replace(self.storage, step_tokens=step_tokens)

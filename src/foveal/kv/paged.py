@@ -59,7 +59,7 @@ class PagedCache:
         self.window = window
         self.dtype = dtype
         self.tables = [PageTable() for _ in range(self.shape.batch)]
-        self._salt = salt
+        self.salt = salt
         self._like = torch.empty(0, dtype=dtype, device=store.device)
         self._slots = Slots(self.shape.batch, store.device)
         self._written = 0
@@ -178,7 +178,7 @@ class PagedCache:
             batch=self.shape.batch,
             window=self.window,
             dtype=self.dtype,
-            salt=self._salt,
+            salt=self.salt,
         )
         other._slots = self._slots.copy()
         for mine in self.tables:
@@ -258,15 +258,15 @@ class PagedCache:
             table.digests += fresh
 
     def _start(self) -> bytes:
-        if self._salt is None:
+        if self.salt is None:
             raise ArgumentError("salt", None, "a Salt, given to the cache, to share prefixes by")
         key_format, value_format = (format.name for format in self.store.formats)
         window = "" if self.window is None else f"{self.window.size}+{self.window.sinks}"
         whole = replace(
-            self._salt,
+            self.salt,
             key_format=key_format,
             value_format=value_format,
-            window=f"{self._salt.window} {window}",
+            window=f"{self.salt.window} {window}",
         )
         return whole.digest()
 

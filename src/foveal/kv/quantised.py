@@ -31,6 +31,12 @@ class QuantisedCache:
         if store.page_size != cache.store.page_size:
             accepted = f"pages of {cache.store.page_size} tokens, as in the cache"
             raise ArgumentError("store", f"pages of {store.page_size}", accepted)
+        if cache.salt is not None:
+            accepted = (
+                "a cache without a salt: what a coded page holds depends on when the pages before "
+                "it were coded, so equal tokens do not mean equal pages, and none are shared"
+            )
+            raise ArgumentError("cache", "one that shares prefixes", accepted)
         if cache.length:
             raise ArgumentError("cache", f"length {cache.length}", "an empty cache")
         self.store = store
