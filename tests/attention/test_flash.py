@@ -1,4 +1,8 @@
-"""The portable flash backend: what it visits, what it holds, and that cutting changes nothing."""
+"""The portable flash backend: what it visits, what it holds, and that cutting changes nothing.
+
+The native kernels are kept out here; `test_cpu_attention` is theirs, and `test_cases` takes what a
+call would take.
+"""
 
 import dataclasses
 
@@ -9,9 +13,11 @@ from hypothesis import strategies as st
 
 import oracle
 from cases import CASES, Case, spec
+from foveal.attention import native
 from foveal.attention.api import attend
 from foveal.attention.backends import flash
 from foveal.attention.mask import Visibility
+from foveal.attention.merge import with_sink
 from foveal.attention.operands import Operands
 from foveal.attention.spec import AttentionSpec, alibi_slopes
 from foveal.attention.workload import Workload
@@ -29,6 +35,11 @@ PEAKS = Peaks(
     overhead_s=1e-5,
     source="of a test",
 )
+
+
+@pytest.fixture(autouse=True)
+def portable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "obstacles", lambda *call: ("kept out by a test",))
 
 
 def tensors(length: int, grad: bool = False, kv_heads: int = 4) -> tuple[torch.Tensor, ...]:
@@ -213,6 +224,18 @@ def test_estimate_follows_what_is_visited() -> None:
     longer = dataclasses.replace(workload, q_len=16384, kv_len=16384)
     window = spec(causal=True, window=(255, None))
     assert 1.9 < flash.Flash().estimate(window, longer, PEAKS).seconds / seconds["window"] < 2.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name not in EMPTY], ids=str)
+def test_forward_in_the_dtypes_that_native_kernels_take(case: Case, dtype: torch.dtype) -> None:
+    *inputs, operands = case.tensors(dtype)
+    out, lse = flash.Flash().run(*inputs, case.spec, operands)
+    if operands.sink_logits is not None:
+        out, lse = with_sink(out, lse, operands.sink_logits)
+    exact_out, exact_lse = oracle.attention(*inputs, case.spec, operands)
+    oracle.assert_close(out, exact_out, oracle.plain(*inputs, case.spec, operands), "out")
+    oracle.assert_close(lse, exact_lse, exact_lse.float(), "lse")
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e2])

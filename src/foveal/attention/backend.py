@@ -26,6 +26,10 @@ class Backend(Protocol):
     def refuse(self, spec: AttentionSpec, workload: Workload, machine: Machine) -> tuple[str, ...]:
         """Every reason why this backend cannot compute the call; empty if it is willing."""
 
+    def kernel(self, spec: AttentionSpec, workload: Workload) -> str:
+        """Which of the backend's kernels would compute the call, for people to read; where it is
+        not the one they would expect, why."""
+
     def workspace_bytes(self, spec: AttentionSpec, workload: Workload) -> int:
         """Bytes of temporaries at the peak of a forward pass, beyond inputs and outputs."""
 

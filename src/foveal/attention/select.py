@@ -43,6 +43,8 @@ class Candidate:
     name: str
     refusals: tuple[str, ...]
     """Why it cannot compute the call; empty if it is willing. The fields below then hold."""
+    kernel: str = ""
+    """Which of its kernels would compute the call (`Backend.kernel`)."""
     workspace_bytes: int = 0
     fits: bool = True
     """Whether the workspace fits the memory budget."""
@@ -202,6 +204,7 @@ def _weigh_one(
     return Candidate(
         name=backend.name,
         refusals=(),
+        kernel=backend.kernel(spec, workload),
         workspace_bytes=workspace,
         fits=memory_budget is None or workspace <= memory_budget,
         seconds=seconds,
@@ -236,7 +239,8 @@ def _standing(candidate: Candidate) -> str:
     if c.refusals:
         return "refuses: " + "; ".join(c.refusals)
     time = f"{format_s(c.seconds):>8} {c.basis:8}  workspace {format_bytes(c.workspace_bytes)}"
-    return time if c.fits else time + ", over the memory budget"
+    over = "" if c.fits else ", over the memory budget"
+    return f"{time}{over}  {c.kernel}"
 
 
 def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
@@ -246,6 +250,7 @@ def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
     return {
         "name": c.name,
         "refusals": [],
+        "kernel": c.kernel,
         "workspace_bytes": c.workspace_bytes,
         "fits": c.fits,
         "seconds": c.seconds,

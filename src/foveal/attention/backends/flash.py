@@ -1,7 +1,9 @@
-"""Our own flash attention, portable: tiled online softmax in PyTorch operators, linear memory.
+"""Our own flash attention: tiled online softmax, linear memory. Native on CPUs, portable elsewhere.
 
-This file decides what the kernel visits: the tiles that the mask does not hide, which of them
-need masking at all, and how large tiles are. The arithmetic is in `kernels.portable.flash_*`.
+The native kernels (`attention.native`) compute forward passes where they can; `kernel` says who
+computes a call and, where it is the portable kernels, why. The rest of this file is theirs: it
+decides what they visit, namely the tiles that the mask does not hide, which of them need masking at
+all, and how large tiles are. The arithmetic is in `kernels.portable.flash_*`.
 Tiles that lie side by side and fit the buffer of scores are joined to one span, which is computed
 in one product and one softmax. Half precision is widened to float32 tile by tile.
 """
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from foveal.attention import cost
+from foveal.attention import cost, native
 from foveal.attention.mask import Sight, Visibility, cut
 from foveal.attention.operands import Operands
 from foveal.attention.spec import Approximation, AttentionSpec
@@ -22,6 +24,7 @@ from foveal.attention.workload import Workload
 from foveal.core.dtypes import accumulate_dtype
 from foveal.hardware.profile import Machine
 from foveal.hardware.roofline import Estimate, Peaks, Work, roofline
+from foveal.kernels.available import native_isa
 from foveal.kernels.portable.flash_backward import Saved, flash_backward
 from foveal.kernels.portable.flash_forward import flash_forward
 from foveal.kernels.portable.flash_tiles import Plan, Span, Tile, is_finite
@@ -53,7 +56,7 @@ class Sizes:
 
 
 class Flash:
-    """Tiled online softmax in PyTorch operators."""
+    """Tiled online softmax, by the native kernels where they serve a call."""
 
     name = "flash"
 
@@ -63,8 +66,15 @@ class Flash:
             return (f"computes exactly, not {spec.approximation.value}",)
         return ()
 
+    def kernel(self, spec: AttentionSpec, workload: Workload) -> str:
+        """See `Backend.kernel`."""
+        why_not = _obstacles(spec, workload)
+        return f"portable: {'; '.join(why_not)}" if why_not else f"native {native_isa()}"
+
     def workspace_bytes(self, spec: AttentionSpec, workload: Workload) -> int:
         """The buffers of one tile, whatever the lengths: scores, queries, keys, results."""
+        if not _obstacles(spec, workload):
+            return native.workspace_bytes(spec, workload)
         cut_to = sizes(spec, workload.q_len, workload.kv_len)
         size = accumulate_dtype(workload.dtype).itemsize
         batch = min(cut_to.batch, workload.batch)
@@ -82,6 +92,8 @@ class Flash:
 
     def estimate(self, spec: AttentionSpec, workload: Workload, peaks: Peaks) -> Estimate:
         """The pairs in visited tiles, each input once, and the calls of every tile and span."""
+        if not _obstacles(spec, workload):
+            return native.estimate(spec, workload, peaks)
         dtype = accumulate_dtype(workload.dtype)
         cut_to = sizes(spec, workload.q_len, workload.kv_len)
         edges = (spec.left is not None) + (spec.right is not None) + 2 * (spec.chunk is not None)
@@ -107,8 +119,16 @@ class Flash:
         operands: Operands,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.run`. Differentiable in q, k, v and the bias, through `out` and `lse`."""
+        inputs = (q, k, v) if operands.bias is None else (q, k, v, operands.bias)
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        if not needs_grad and not native.obstacles(spec, q.dtype, q.device.type, False):
+            return native.forward(q, k, v, spec, operands)
         out, lse = _Flash.apply(q, k, v, operands.bias, spec, operands)  # type: ignore[no-untyped-call]
         return out, lse
+
+
+def _obstacles(spec: AttentionSpec, workload: Workload) -> tuple[str, ...]:
+    return native.obstacles(spec, workload.dtype, workload.device, workload.needs_grad)
 
 
 def sizes(spec: AttentionSpec, q_len: int, kv_len: int) -> Sizes:
@@ -248,18 +268,24 @@ class _Flash(torch.autograd.Function):
         spec: AttentionSpec,
         operands: Operands,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        visits = plan(q, k, spec, operands, sizes(spec, q.shape[2], k.shape[2]))
-        out, lse = flash_forward(q, k, v, visits, accumulate_dtype(q.dtype))
+        visits = None
+        if native.obstacles(spec, q.dtype, q.device.type, True):
+            visits = plan(q, k, spec, operands, sizes(spec, q.shape[2], k.shape[2]))
+            out, lse = flash_forward(q, k, v, visits, accumulate_dtype(q.dtype))
+        else:
+            out, lse = native.forward(q, k, v, spec, operands)
         ctx.save_for_backward(q, k, v, bias, out, lse)
-        ctx.plan = visits
+        ctx.call, ctx.plan = (spec, operands), visits
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, bias, out, lse = ctx.saved_tensors
+        spec, operands = ctx.call
+        visits = ctx.plan or plan(q, k, spec, operands, sizes(spec, q.shape[2], k.shape[2]))
         saved = Saved(q=q, k=k, v=v, out=out, lse=lse, d_out=d_out, d_lse=d_lse)
-        grads, d_bias = _gradients(saved, ctx.plan, bias if ctx.needs_input_grad[3] else None)
+        grads, d_bias = _gradients(saved, visits, bias if ctx.needs_input_grad[3] else None)
         d_q, d_k, d_v = (d.to(q.dtype) for d in grads)
         return d_q, d_k, d_v, d_bias, None, None
 

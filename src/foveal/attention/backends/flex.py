@@ -64,6 +64,10 @@ class Flex:
             reasons.append("compiling needs a C++ compiler: install g++ or set CXX")
         return tuple(reasons)
 
+    def kernel(self, spec: AttentionSpec, workload: Workload) -> str:
+        """See `Backend.kernel`."""
+        return "compiled FlexAttention"
+
     def workspace_bytes(self, spec: AttentionSpec, workload: Workload) -> int:
         """The boolean mask with what some rows of it are made from, and a tile per thread. A mask
         counts as one per sequence and head, as a workload does not tell how far it is shared."""

@@ -73,6 +73,11 @@ class Fused:
             reasons += _refuse_on_cuda(spec, workload)
         return tuple(reasons)
 
+    def kernel(self, spec: AttentionSpec, workload: Workload) -> str:
+        """See `Backend.kernel`."""
+        masked = ", masked" if _needs_mask(spec, workload) else ""
+        return f"SDPA{masked}"
+
     def workspace_bytes(self, spec: AttentionSpec, workload: Workload) -> int:
         """The mask, and the CPU kernel's tile of scores per thread."""
         rows = min(_tile_rows(workload.q_len), workload.q_len)

@@ -48,6 +48,10 @@ class Unfused:
             return (f"computes exactly, not {spec.approximation.value}",)
         return ()
 
+    def kernel(self, spec: AttentionSpec, workload: Workload) -> str:
+        """See `Backend.kernel`."""
+        return "PyTorch operators, step by step"
+
     def workspace_bytes(self, spec: AttentionSpec, workload: Workload) -> int:
         """The score matrices alive at once, and one boolean mask."""
         pairs = workload.batch * workload.q_len * workload.kv_len

@@ -3,7 +3,8 @@
 // multiply: C[R][columns] = C * factor + A[R][depth] B[depth][columns]. R rows by up to kColumns
 // vectors of C stay in registers while the depth is walked: one load of B serves R products, one
 // broadcast of A serves kColumns. With 32 registers 6 x 4 products need 24 + 4 + 1 of them, with 16
-// 6 x 2 need 12 + 2 + 1. Each sum is taken in the order of the depth, whatever R is.
+// 6 x 2 need 12 + 2 + 1. Each sum is taken in the order of the depth, whatever R is, and added to C
+// as a whole: over many tiles that rounds less than one long sum.
 //
 // dot: the same product where B lies transposed, row by row, as keys do: S[r][j] = q_r . k_j. For
 // few queries, as each key is then read once and nothing is rewritten.
@@ -20,14 +21,7 @@ inline constexpr int kPanel = kColumns * kLanes;
 template <int R, int C, class Element>
 void multiply(const float* a, ptrdiff_t a_stride, const Element* b, ptrdiff_t b_stride, float* c,
               ptrdiff_t c_stride, const float* factor, int64_t depth) {
-  F32 sums[R][C];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) {
-      sums[r][j] = factor ? load(c + r * c_stride + j * kLanes) * factor[r] : F32{};
-    }
-  }
+  F32 sums[R][C] = {};
 #pragma GCC unroll 2
   for (int64_t d = 0; d < depth; ++d) {
     F32 row[C];
@@ -43,7 +37,10 @@ void multiply(const float* a, ptrdiff_t a_stride, const Element* b, ptrdiff_t b_
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) store(c + r * c_stride + j * kLanes, sums[r][j]);
+    for (int j = 0; j < C; ++j) {
+      float* to = c + r * c_stride + j * kLanes;
+      store(to, factor ? load(to) * factor[r] + sums[r][j] : sums[r][j]);
+    }
   }
 }
 
