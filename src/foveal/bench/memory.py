@@ -18,6 +18,7 @@ import ctypes
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,8 +75,18 @@ def counted_peak(call: Call) -> int:
     return live.peak
 
 
-def _resident_peak(call: Call) -> int:
+def trim() -> None:
+    """Give back what malloc has kept from earlier calls, where it can be asked to."""
+    with suppress(OSError, AttributeError):
+        _trim()
+
+
+def _trim() -> None:
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident_peak(call: Call) -> int:
+    _trim()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     call()
