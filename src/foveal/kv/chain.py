@@ -61,7 +61,10 @@ class Chain:
         """Count a page that a tier has had before."""
         shelf, page = self.shelves[level], Page(record, level, slot)
         shelf.held[record.serial] = page
-        shelf.free.remove(slot)
+        shelf.freed += range(shelf.num_touched, slot)
+        shelf.num_touched = max(shelf.num_touched, slot + 1)
+        if slot in shelf.freed:
+            shelf.freed.remove(slot)
         self._serial = max(self._serial, record.serial + 1)
         return page
 
@@ -74,7 +77,7 @@ class Chain:
             top.place.put(slot, page, new.record)
         except OutOfPages:
             with self._lock:
-                top.free.append(slot)
+                top.freed.append(slot)
             raise
         with self._lock:
             top.accept(new)
@@ -148,8 +151,8 @@ class Chain:
         top = self.shelves[0]
         while True:
             with self._lock:
-                if top.room > 0 and top.free:
-                    return top.free.pop()
+                if top.room > 0 and top.num_free:
+                    return top.take()
             start = perf_counter()
             self._mover.submit(self._make_room, 0, 1).result()
             top.waited_s += perf_counter() - start
@@ -179,20 +182,20 @@ class Chain:
         that is gone, or for want of a slot."""
         target = self.shelves[level]
         with self._lock:
-            if not page.references or not target.free:
+            if not page.references or not target.num_free:
                 return
-            source, old, new = self.shelves[page.level], page.slot, target.free.pop()
+            source, old, new = self.shelves[page.level], page.slot, target.take()
         try:
             with self._aside():
                 target.place.put(new, source.place.page(old), page.record)
         except (OutOfPages, LoadError):
             with self._lock:
-                target.free.append(new)
+                target.freed.append(new)
             raise
         with self._lock:
             if not page.references:
                 target.place.erase(new)
-                target.free.append(new)
+                target.freed.append(new)
                 return
             source.release(page, old)
             page.level, page.slot = level, new

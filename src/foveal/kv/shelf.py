@@ -113,19 +113,30 @@ class Shelf:
     """Pages that there is memory for: one more where pages are exchanged with a tier below."""
     held: dict[int, Page] = field(default_factory=dict)
     """By serial number, least recently used first."""
-    free: list[int] = field(default_factory=list)
+    freed: list[int] = field(default_factory=list)
+    """Slots that were in use and are not; those from `num_touched` on never were."""
+    num_touched: int = 0
     hits: int = 0
     misses: int = 0
     moves: int = 0
     waited_s: float = 0.0
 
-    def __post_init__(self) -> None:
-        self.free = list(range(self.num_slots - 1, -1, -1))
-
     @property
     def room(self) -> int:
         """Pages that it may take."""
         return self.capacity - len(self.held)
+
+    @property
+    def num_free(self) -> int:
+        """Slots that nothing is in."""
+        return len(self.freed) + self.num_slots - self.num_touched
+
+    def take(self) -> int:
+        """A free slot."""
+        if self.freed:
+            return self.freed.pop()
+        self.num_touched += 1
+        return self.num_touched - 1
 
     def is_slow(self, device: torch.device) -> bool:
         """Whether it is worth beginning early to read from here."""
@@ -145,7 +156,7 @@ class Shelf:
         """Give the slot of a page back."""
         del self.held[page.record.serial]
         self.place.erase(slot)
-        self.free.append(slot)
+        self.freed.append(slot)
 
     def stats(self, page_bytes: int) -> TierStats:
         """Counts for reports."""

@@ -156,7 +156,7 @@ class Tiers:
     def retire(self, keys: Sequence[Key], store: PageStore, pages: Sequence[int]) -> list[Key]:
         """Take in full pages of a store under these keys; the caller gives them back there.
 
-        Returns what was forgotten for them. Raises `OutOfPages` where the tiers are full, or the
+        Returns what was forgotten for them, in case some of themselves, too. Raises `OutOfPages` where the tiers are full, or the
         disk is, and holds none of these pages then; `ArgumentError` for a key that is there.
         """
         self.layout.check(store)
@@ -176,7 +176,7 @@ class Tiers:
             except OutOfPages:
                 self.drop([key for key in keys if key in self._pages])
                 raise
-        return [key for key in forgotten if key not in keys]
+        return forgotten
 
     def read(self, layer: int, keys: Sequence[Key], dtype: torch.dtype, arena: Arena) -> KeyValue:
         """Keys [Hkv, n, S, D] and values [Hkv, n, S, Dv] of one layer of these pages, in their
