@@ -14,7 +14,7 @@ so no distance is longer than in the window that the cache was made with.
 """
 
 from collections.abc import Mapping
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -23,6 +23,7 @@ import torch
 from foveal.core.errors import ArgumentError
 from foveal.core.units import format_bytes
 from foveal.kv.cache import CacheStats, Window
+from foveal.kv.pace import Pace, Target
 from foveal.kv.paged import PagedCache
 from foveal.kv.reach import Reaches
 from foveal.kv.runs import RunView, columns, each_stride, lay_out, within_reach
@@ -68,11 +69,18 @@ class DynamicCache:
     """A paged cache whose heads see as far as they look. Implements `ResumableCache`."""
 
     def __init__(
-        self, cache: PagedCache, *, minimum: int, mass: float = 0.99, every: int = 16
+        self,
+        cache: PagedCache,
+        *,
+        minimum: int,
+        mass: float = 0.99,
+        every: int = 16,
+        target: Target | None = None,
     ) -> None:
         """`cache`, empty and with a window, belongs to the wrapper from now on. Reaches hold
         `mass` of the attention observed on every `every`-th step; they are from `minimum` tokens
-        to the window, rounded up to strides."""
+        to the window, rounded up to strides. With a `target`, the maximum follows it, where steps
+        are reported to `after_step`."""
         if cache.window is None or cache.length:
             got = f"length {cache.length}, window {cache.window}"
             raise ArgumentError("cache", got, "an empty cache with a window")
@@ -89,6 +97,10 @@ class DynamicCache:
         longest = self._strides(cache.window.size)
         self._seen = Reaches(cache.shape.num_layers, cache.shape.num_kv_heads, longest, mass)
         self._num_steps = 0
+        self._pace = None
+        if target is not None:
+            size = cache.window.size
+            self._pace = Pace(target, minimum=minimum, maximum=size, page_size=self._size)
 
     @property
     def length(self) -> int:
@@ -171,6 +183,19 @@ class DynamicCache:
             runs=self._runs[layer],
         )
 
+    def after_step(self, num_tokens: int, seconds: float) -> None:
+        """Set the maximum by what a step of so many tokens took."""
+        if self._pace is None:
+            return
+        chosen = self._pace.next_size(
+            self.maximum,
+            num_tokens=num_tokens,
+            seconds=seconds,
+            used_bytes=self._cache.stats.used_bytes,
+        )
+        if chosen != self.maximum:
+            self.maximum = chosen
+
     def truncate(self, length: int) -> None:
         """Forget every slot from `length` on, if what the reaches then need is still there."""
         ends, longest = self._cache.ends_at(length), self._longest()
@@ -188,6 +213,7 @@ class DynamicCache:
         self._seen.settle()
         other = copy(self)
         other._cache, other._seen = self._cache.fork(), self._seen.copy()
+        other._pace = deepcopy(self._pace)
         return other
 
     def state(self) -> dict[str, torch.Tensor]:
