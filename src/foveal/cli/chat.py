@@ -28,6 +28,7 @@ def chat(
     seed: sampling.Seed = None,
     stop: sampling.Stop = None,
     dtype: sampling.Dtype = None,
+    weights: sampling.Weights = None,
     device: sampling.Device = "cpu",
     backend: sampling.Backend = "auto",
 ) -> None:
@@ -54,7 +55,7 @@ def chat(
         stop=stop or (),
     )
     with answers.loading(model):
-        llm = LLM(model, dtype=dtype, device=device, backend=backend)
+        llm = LLM(model, dtype=dtype, weights=weights, device=device, backend=backend)
     if not llm.chat_template and not raw and model is not None:
         raise RequestError(
             f"{llm.directory}: no chat template, so the model was probably not trained to chat. "

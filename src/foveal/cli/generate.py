@@ -32,6 +32,7 @@ def generate(
         int | None, typer.Option(help="Show log-probabilities, with so many alternatives.")
     ] = None,
     dtype: sampling.Dtype = None,
+    weights: sampling.Weights = None,
     device: sampling.Device = "cpu",
     backend: sampling.Backend = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -63,7 +64,7 @@ def generate(
     )
     text = _read(prompt)
     with answers.loading(model):
-        llm = LLM(model, dtype=dtype, device=device, backend=backend)
+        llm = LLM(model, dtype=dtype, weights=weights, device=device, backend=backend)
     if as_json:
         completion = llm.generate(text, params)[0]
         print(json.dumps(answers.document(llm, text, completion), indent=1, ensure_ascii=False))

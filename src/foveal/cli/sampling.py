@@ -12,6 +12,10 @@ Model = Annotated[
     typer.Option(help="Hugging Face directory, or hub name. Default: the bundled model."),
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: as stored.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="Store matrices as bf16, f16, int8 or int4; compute in float32."),
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Backend = Annotated[str, typer.Option(help="Attention backend, or auto.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to make at most.")]

@@ -41,6 +41,7 @@ def stream(
     load_state: Annotated[Path | None, typer.Option(help="Go on from such a file.")] = None,
     report: Annotated[Path | None, typer.Option(help="Draw memory, time and loss as HTML.")] = None,
     dtype: sampling.Dtype = None,
+    weights: sampling.Weights = None,
     device: sampling.Device = "cpu",
     backend: sampling.Backend = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -61,7 +62,7 @@ def stream(
         reading.check_report(report)
     with open_source(file, offset) as source:
         with loading(model):
-            llm = LLM(model, dtype=dtype, device=device, backend=backend)
+            llm = LLM(model, dtype=dtype, weights=weights, device=device, backend=backend)
             session = open_session(llm, settings, load_state)
         NOTES.print(reading.heading(session), style="dim", markup=False)
         result = reading.read(session, llm, source, offset=offset, limit=limit, console=NOTES)

@@ -40,11 +40,13 @@ class LLM:
         backend: str = "auto",
         max_batch: int = 8,
         prefill_chunk: int = 512,
+        weights: str | None = None,
     ) -> None:
         """Load a Hugging Face directory (or hub name); None loads the bundled model.
 
         `dtype` None keeps that of the weights. `backend` names the attention backend. At most
-        `max_batch` prompts are computed together, `prefill_chunk` tokens of each at once. Raises
+        `max_batch` prompts are computed together, `prefill_chunk` tokens of each at once. `weights`
+        stores matrices narrow, such as "bf16", "int8" or "int4", and computes in float32. Raises
         `LoadError`, `ConfigError` or `ArgumentError`.
         """
         for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
@@ -54,7 +56,7 @@ class LLM:
         wanted = parse_dtype(dtype) if isinstance(dtype, str) else dtype
         self.tokenizer = load_tokenizer(self.directory)
         self.chat_template = load_chat_template(self.directory)
-        self.model = load_model(self.directory, dtype=wanted, device=device)
+        self.model = load_model(self.directory, dtype=wanted, device=device, weights=weights)
         self.backend = backend
         self._max_batch, self._chunk = max_batch, prefill_chunk
         ropes = (self.model.config.rope, self.model.config.window_rope)

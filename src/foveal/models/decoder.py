@@ -9,9 +9,9 @@ import math
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from foveal.core.dtypes import dtype_name
 from foveal.core.errors import ArgumentError
 from foveal.kv.cache import KVCache
 from foveal.kv.contiguous import ContiguousCache
@@ -19,6 +19,7 @@ from foveal.models.config import ModelConfig
 from foveal.nn.attention import Step
 from foveal.nn.block import Block
 from foveal.nn.embedding import Embedding
+from foveal.nn.linear import NarrowLinear
 from foveal.nn.norm import make_norm
 from foveal.nn.rope import RopeConfig, Rotation
 
@@ -62,17 +63,29 @@ class Decoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embedding.tokens.weight.device
+        return self.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' dtype."""
-        return self.embedding.tokens.weight.dtype
+        """In which it computes: the weights' dtype, or float32 where these are narrow."""
+        return self.norm.weight.dtype
+
+    @property
+    def weight_format(self) -> str:
+        """In which the matrices are stored: a dtype, or a format of narrow weights."""
+        narrow = next((m for m in self.modules() if isinstance(m, NarrowLinear)), None)
+        return dtype_name(self.dtype) if narrow is None else narrow.form.name
 
     @property
     def num_parameters(self) -> int:
         """Weights in all; a tied output matrix counts once."""
-        return sum(p.numel() for p in self.parameters())
+        narrow = (m.num_weights for m in self.modules() if isinstance(m, NarrowLinear))
+        return sum(p.numel() for p in self.parameters()) + sum(narrow)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that the weights take."""
+        return sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
 
     def new_cache(self, batch: int = 1, capacity: int | None = None) -> ContiguousCache:
         """An empty cache for this model; `capacity` in tokens, None grows as needed."""
@@ -119,8 +132,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., E] -> [..., V]."""
-        weight = self.embedding.tokens.weight if self.head is None else self.head.weight
-        logits = F.linear(hidden, weight)
+        logits: torch.Tensor = (self.head or self.embedding.scores)(hidden)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

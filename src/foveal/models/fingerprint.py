@@ -13,8 +13,12 @@ from foveal.models.decoder import Decoder
 
 
 def fingerprint(model: Decoder) -> str:
-    """Hexadecimal; equal for models whose configuration, dtype and weights are equal."""
-    name = f"{model.config!r} {digest(dict(model.named_parameters()))}"
+    """Hexadecimal; equal for models whose configuration, dtype and weights are equal.
+
+    Narrow weights are buffers; their format shows in names, dtypes and shapes.
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    name = f"{model.config!r} {digest(tensors)}"
     return hashlib.sha256(name.encode()).hexdigest()
 
 

@@ -5,17 +5,20 @@ dtype, and filled from the mapped file. Beside the model itself, at most one ten
 """
 
 import re
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from foveal.core.errors import LoadError
+from foveal.core.errors import ArgumentError, LoadError
+from foveal.kernels.portable.panels import parse_weights
 from foveal.models.catalogue import BY_NAME, read_config
 from foveal.models.config import ModelConfig
 from foveal.models.decoder import Decoder
 from foveal.models.family import Family, Source
 from foveal.models.hub import locate
+from foveal.models.narrow import narrow_module
 from foveal.models.weights import Tensors, open_tensors, read_json
 
 _HEAD = "lm_head.weight"
@@ -34,13 +37,22 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    weights: str | None = None,
 ) -> Decoder:
     """The model in a Hugging Face directory, or of that name on the hub, in evaluation mode.
 
-    `dtype` None keeps the dtype that the token embedding is stored in. Raises `LoadError` for
-    files, architectures and weights that are missing, superfluous, misshapen or unreadable, and
-    `ConfigError` for settings that are not understood; both name what is wrong.
+    `dtype` None keeps the dtype that the token embedding is stored in. `weights` stores matrices
+    narrow ("bf16", "f16", "int8", "int4" or as `kernels.portable.panels` says) and computes in
+    float32, for inference. Raises `LoadError` for files, architectures and weights that are
+    missing, superfluous, misshapen or unreadable, `ConfigError` for settings that are not
+    understood, and `ArgumentError` for a format of weights or a dtype beside it that is not
+    accepted; all name what is wrong.
     """
+    form = None if weights is None else parse_weights(weights)
+    if form is not None:
+        if dtype not in (None, torch.float32):
+            raise ArgumentError("dtype", dtype, "float32, or none, beside narrow weights")
+        dtype = torch.float32
     directory = locate(path_or_name)
     config = load_config(directory)
     family = BY_NAME[config.family]
@@ -49,13 +61,17 @@ def load_model(
         plan = _plan(model, family, tensors)
         if dtype is None:
             dtype = tensors.read(plan["embedding.tokens.weight"][0].name).dtype
-        for weight, sources in plan.items():
-            module_name, _, name = weight.rpartition(".")
+        for module_name, parts in groupby(plan.items(), lambda item: item[0].rpartition(".")[0]):
             module = model.get_submodule(module_name)
-            empty = torch.empty(module.get_parameter(name).shape, dtype=dtype, device=device)
-            _fill(empty, sources, tensors)
-            setattr(module, name, nn.Parameter(empty))
-        _check_tied_head(model, tensors)
+            for weight, sources in parts:
+                name = weight.rpartition(".")[2]
+                empty = torch.empty(module.get_parameter(name).shape, dtype=dtype, device=device)
+                _fill(empty, sources, tensors)
+                setattr(module, name, nn.Parameter(empty))
+            if module_name == "embedding.tokens" and config.tied:
+                _check_tied_head(module.get_parameter("weight"), tensors)
+            if form is not None:
+                narrow_module(model, module_name, form)
     return model.eval()
 
 
@@ -104,10 +120,9 @@ def _fill(empty: torch.Tensor, sources: tuple[Source, ...], tensors: Tensors) ->
         part.copy_(tensor)
 
 
-def _check_tied_head(model: Decoder, tensors: Tensors) -> None:
+def _check_tied_head(weight: torch.Tensor, tensors: Tensors) -> None:
     """A file may repeat the embedding as its head, but not hold another."""
-    if model.head is None and _HEAD in tensors.names:
-        weight = model.embedding.tokens.weight
+    if _HEAD in tensors.names:
         stored = tensors.read(_HEAD)
         if stored.shape != weight.shape or not torch.equal(stored.to(weight), weight):
             raise LoadError(

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from foveal.core.dtypes import dtype_name
+from foveal.core.errors import ConfigError
 from foveal.core.files import atomic_path, write_text
 from foveal.models.catalogue import BY_NAME, write_config
 from foveal.models.decoder import Decoder
@@ -20,8 +21,11 @@ from foveal.models.weights import SINGLE
 def save_model(model: Decoder, directory: Path | str) -> None:
     """Write `model` into `directory`, in its own dtype.
 
-    Raises `ConfigError` if the model's family has no words for its configuration.
+    Raises `ConfigError` if the model's family has no words for its configuration, or its weights
+    are narrow.
     """
+    if model.weight_format != dtype_name(model.dtype):
+        raise ConfigError(f"weights: got {model.weight_format}; accepted: a dtype, to be saved")
     directory = Path(directory)
     values = write_config(model.config) | {"dtype": dtype_name(model.dtype)}
     with atomic_path(directory / SINGLE) as temporary:

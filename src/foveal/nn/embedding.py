@@ -1,9 +1,11 @@
 """Token embedding, with the scale and the learned positions of the families that have them."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from foveal.core.errors import ArgumentError
+from foveal.nn.linear import NarrowEmbedding
 
 
 class Embedding(nn.Module):
@@ -14,7 +16,7 @@ class Embedding(nn.Module):
     ) -> None:
         """`num_positions` above 0 adds a learned embedding of the position (GPT-2)."""
         super().__init__()
-        self.tokens = nn.Embedding(vocab_size, width)
+        self.tokens: nn.Embedding | NarrowEmbedding = nn.Embedding(vocab_size, width)
         self.positions = nn.Embedding(num_positions, width) if num_positions else None
         self.scale = scale
 
@@ -29,6 +31,12 @@ class Embedding(nn.Module):
         if self.positions is not None:
             x = x + self.positions(positions.clamp(min=0))
         return x
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., E] times every token's vector: [..., V], the logits of tied models."""
+        if isinstance(self.tokens, NarrowEmbedding):
+            return self.tokens.scores(hidden)
+        return F.linear(hidden, self.tokens.weight)
 
     def _check(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
         limit = self.tokens.num_embeddings

@@ -100,3 +100,8 @@ class NarrowEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The vector of each token."""
         return self.matrix.rows(ids)
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., E] times every token's vector: [..., V]."""
+        scores: torch.Tensor = self.matrix(hidden)
+        return scores
