@@ -68,6 +68,11 @@ def windowed(window: Window, storage: Storage) -> Pourable:
         return RingCache(storage.shape, window, dtype=storage.dtype, device=storage.device)
     if parse_format(storage.format).quantised:
         return _quantised(window, storage)
+    return paged(window, storage)
+
+
+def paged(window: Window, storage: Storage) -> PagedCache:
+    """Pages in the stream's format, just as many as window, sinks and one step can reach."""
     num_pages = _pages_of(window.sinks) + _pages_reached(window.size - 1 + storage.step_tokens)
     store = _store(storage, storage.format, num_pages, _PAGE_SIZE)
     return PagedCache(store, window=window, dtype=storage.dtype)
