@@ -156,8 +156,9 @@ class Tiers:
     def retire(self, keys: Sequence[Key], store: PageStore, pages: Sequence[int]) -> list[Key]:
         """Take in full pages of a store under these keys; the caller gives them back there.
 
-        Returns what was forgotten for them, in case some of themselves, too. Raises `OutOfPages` where the tiers are full, or the
-        disk is, and holds none of these pages then; `ArgumentError` for a key that is there.
+        Returns what was forgotten for them: the oldest pages, if need be some of these. Raises
+        `OutOfPages` where the tiers are full, or the disk is, and holds none of these pages then;
+        `ArgumentError` for a key that is there.
         """
         self.layout.check(store)
         for key in keys:
