@@ -371,43 +371,43 @@ class Attention {
 
   void weigh(const Tile& tile, int64_t row, int count, int64_t begin, int64_t end, float* out,
              const float* factor) {
-    out += row * out_stride_;
-    if (careful_) {
-      weigh_carefully(tile, count, begin, end, out, factor);
-      return;
-    }
     static constexpr float kOnes[kRows] = {1, 1, 1, 1, 1, 1};
+    out += row * out_stride_;
     const int64_t step = direct_ ? kChunkKeys : end - begin;
     for (int64_t j = begin; j < end; j += step) {
       const int64_t depth = smaller(step, end - j);
+      const float* scale = j == begin ? factor : kOnes;
       for (int64_t d = 0; d < call_.value_dim; d += kPanel) {
         const int64_t left = divide_up(call_.value_dim - d, kLanes);
         const int columns = static_cast<int>(smaller(left, kColumns));
-        const float* scale = j == begin ? factor : kOnes;
-        if (direct_) {
-          multiplier<Element>(count, columns)(scores_ + j, kTileKeys,
-                                              rows_of(call_.v, tile.first + j) + d, call_.v.token,
-                                              out + d, out_stride_, scale, depth);
+        const float* p = scores_ + j;
+        if (careful_) {
+          weigh_carefully(tile, count, j, depth, d, out + d, scale);
+        } else if (direct_) {
+          multiplier<Element>(count, columns)(p, kTileKeys, rows_of(call_.v, tile.first + j) + d,
+                                              call_.v.token, out + d, out_stride_, scale, depth);
         } else {
-          multiplier<float>(count, columns)(scores_ + j, kTileKeys,
-                                            values_ + d * kTileKeys + j * kPanel, kPanel, out + d,
-                                            out_stride_, scale, depth);
+          multiplier<float>(count, columns)(p, kTileKeys, values_ + d * kTileKeys + j * kPanel,
+                                            kPanel, out + d, out_stride_, scale, depth);
         }
       }
     }
   }
 
-  void weigh_carefully(const Tile& tile, int count, int64_t begin, int64_t end, float* out,
-                       const float* factor) const {
+  // As `multiply` does it, for the channels of one panel, but a weight of 0 takes nothing.
+  void weigh_carefully(const Tile& tile, int count, int64_t first, int64_t depth, int64_t channel,
+                       float* out, const float* factor) const {
+    const int64_t channels = smaller(kPanel, call_.value_dim - channel);
     for (int r = 0; r < count; ++r, out += out_stride_) {
-      const float* p = scores_ + r * kTileKeys;
-      for (int64_t d = 0; d < call_.value_dim; d += kLanes) {
-        const int n = static_cast<int>(smaller(kLanes, call_.value_dim - d));
-        F32 total = load(out + d) * factor[r];
-        for (int64_t j = begin; j < end; ++j) {
-          if (p[j] != 0) total += load_some(rows_of(call_.v, tile.first + j) + d, n) * p[j];
+      const float* p = scores_ + r * kTileKeys + first;
+      for (int64_t d = 0; d < channels; d += kLanes) {
+        const int n = static_cast<int>(smaller(kLanes, channels - d));
+        F32 total = {};
+        for (int64_t j = 0; j < depth; ++j) {
+          const Element* v = rows_of(call_.v, tile.first + first + j) + channel + d;
+          if (p[j] != 0) total += splat(p[j]) * load_some(v, n);
         }
-        store(out + d, total);
+        store(out + d, load(out + d) * factor[r] + total);
       }
     }
   }
