@@ -164,7 +164,7 @@ class TieredCache:
         except OutOfPages as error:
             if self._full is None:
                 raise
-            raise OutOfPages(f"{error}; older pages stay, for {self._full}") from self._full
+            raise OutOfPages(f"{error}; older ones stay: {self._full}") from self._full
         if layer == 0:
             self._keys = self._keys_by_row()
         view = TieredView(hot=hot, tiers=self.tiers, keys=self._keys, layer=layer)
