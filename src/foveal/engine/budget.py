@@ -1,7 +1,8 @@
 """What a stream takes beside the weights: its cache, to the byte, and one step, by estimate.
 
     step = keys and values of the step, kept aside until its last layer has been written
-         + one layer of all that a step sees, copied as it is stored and as it is computed with
+         + one layer of all that a step sees, copied as it is stored (`Policy.read_bytes`) and as it
+           is computed with
          + activations of one block, at 4 bytes
          + logits, their float32 copy and its log-softmax
          + the temporaries of attention, as the chosen backend states them
@@ -27,7 +28,8 @@ _LARGEST_STEP = 256
 """Tokens of a step where nobody says: more make a step of a small model no faster."""
 _STEPS_OF_WINDOW = 4
 """Where keys and values are stored in few bits, a step is at most this part of the window: its own
-tokens are not coded before it ends, and would take what coding saves."""
+tokens are not coded before it ends, and would take what coding saves. Where tokens share what they
+see, small steps see better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class Stream:
         elements = 6 * config.width + 3 * config.mlp_width + 6 * heads + 3 * config.vocab_size
         step_bytes = (
             tokens * self.storage.shape.slot_elements * self.storage.dtype.itemsize
-            + cache_bytes // config.num_layers
+            + self.policy.read_bytes(cache, self.storage, config.num_heads)
             + (seen + tokens) * layer_bytes
             + tokens * elements * 4
             + choose(spec, workload, backend=self.backend).chosen.workspace_bytes
@@ -103,8 +105,8 @@ class Stream:
 
     def _largest_step(self) -> int:
         step = _LARGEST_STEP
-        coded = parse_format(self.storage.format).quantised
-        while coded and step > max(1, self.window.size // _STEPS_OF_WINDOW):
+        small = self.policy.shared_steps or parse_format(self.storage.format).quantised
+        while small and step > max(1, self.window.size // _STEPS_OF_WINDOW):
             step //= 2
         return step
 

@@ -46,6 +46,13 @@ class Policy(Protocol):
     """What that takes, in words."""
     sinks: ClassVar[int]
     """First tokens that are kept unless told otherwise."""
+    shared_steps: ClassVar[bool] = False
+    """Whether the tokens of a step share what they see beside the window: small steps see better,
+    and are what is taken where nobody says."""
+
+    def default_window(self, context: int, sinks: int) -> int:
+        """Last tokens to keep where nobody says, for a model made for `context` tokens."""
+        return context - sinks
 
     def window(self, size: int, sinks: int) -> Window:
         """What is kept. Raises `ArgumentError` where the policy, or a window, cannot be so."""
@@ -54,6 +61,11 @@ class Policy(Protocol):
     def make(self, window: Window, storage: Storage) -> ResumableCache:
         """An empty cache. What it has to tell beside the counts of every cache is in its `stats`,
         of a class of its own."""
+
+    def read_bytes(self, cache: ResumableCache, storage: Storage, num_heads: int) -> int:
+        """Bytes that one layer of a step takes at most to bring what it sees of the cache together,
+        as that is stored; an estimate. `num_heads` are the query heads."""
+        return cache.nbytes // storage.shape.num_layers
 
     def disk_bytes(self, window: Window, storage: Storage) -> int:
         """Bytes that the cache may take on disk; not part of any cap on memory."""

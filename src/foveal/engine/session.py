@@ -96,9 +96,9 @@ class Session:
         """An empty session. A `Decoder` takes and gives token ids only, an `LLM` text, too.
 
         `policy` is one of `engine/policies/`, or the name of one for its default settings.
-        `window` None is what the model's context leaves beside the sinks; `sinks` None is what the
-        policy says; `kv` None is the model's dtype; `chunk` None is the largest of 256, 128, ...
-        that fits. `memory` caps the bytes of cache and step beside the weights: the cache is
+        `window` None is what the model's context leaves beside the sinks and what else the policy
+        shows; `sinks` None is what the policy says; `kv` None is the model's dtype; `chunk` None is
+        the largest of 256, 128, ... that fits. `memory` caps the bytes of cache and step beside the weights: the cache is
         counted exactly, a step by estimate (`engine/budget.py`).
 
         Raises `ConfigError` for a model that cannot stream, with the reason, `BudgetExceeded`
@@ -256,7 +256,7 @@ class Session:
     ) -> Stream:
         config = self.model.config
         sinks = policy.sinks if sinks is None else sinks
-        size = config.max_positions - sinks if window is None else window
+        size = policy.default_window(config.max_positions, sinks) if window is None else window
         storage = Storage(
             shape=config.cache_shape(1),
             dtype=self.model.dtype,

@@ -25,10 +25,10 @@ from foveal.core.errors import ArgumentError
 from foveal.core.units import format_bytes
 from foveal.kv.cache import CacheStats, Window
 from foveal.kv.paged import PagedCache
-from foveal.kv.recalled import RecallView, Recollection, Turn
+from foveal.kv.recalled import TILE_TOKENS, RecallView, Recollection, Turn
 from foveal.kv.shelf import TierStats
 from foveal.kv.store import PageStore
-from foveal.kv.summary import RANKINGS, Summaries
+from foveal.kv.summary import BLOCK_PAGES, RANKINGS, Summaries
 from foveal.kv.tiers import Tiers
 
 DISTANCES = ("clamped", "exact")
@@ -142,6 +142,22 @@ class RecallCache:
         that are rotated back at a time."""
         staged = 0 if self._staging is None else self._staging.nbytes
         return self._hot.nbytes + self._tiers.nbytes + self._summaries.nbytes + staged
+
+    def read_bytes(self, num_heads: int, num_tokens: int) -> int:
+        """Bytes that one layer of a step of `num_tokens` takes at most, by estimate: its hot pages,
+        and of retired ones
+
+            records and decoded tensors of a tile of those that are picked
+            + 4 * num_heads * num_tokens scores of a block of summaries, in 4 bytes
+            + 4 times the block itself, in 4 bytes
+        """
+        shape, tiers = self._hot.shape, self._tiers
+        num_pages = min(self._recollection.num_pages, max(1, TILE_TOKENS // tiers.page_size))
+        slot_bytes = shape.slot_elements // shape.num_layers * self._hot.dtype.itemsize
+        picked = num_pages * (tiers.layout.layer_bytes + 2 * tiers.page_size * slot_bytes)
+        block = min(BLOCK_PAGES, self._summaries.capacity) * shape.batch
+        scores = 4 * num_heads * num_tokens + 4 * shape.num_kv_heads * 2 * shape.head_dim
+        return self._hot.nbytes // shape.num_layers + picked * shape.batch + 4 * block * scores
 
     @property
     def stats(self) -> RecallStats:

@@ -18,7 +18,7 @@ from foveal.kv.tiers import Tiers
 Turn = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, keys [n, Hkv, S, D], positions int64 [n]) -> the keys, rotated back by so much."""
 
-_TILE_TOKENS = 1024
+TILE_TOKENS = 1024
 """Tokens of each sequence that are fetched at a time."""
 
 
@@ -114,7 +114,7 @@ class RecallView:
         layer, told, arena = self.hot.layer, self.recollection, self.hot.store.arena
         size = told.tiers.page_size
         picked = told.pick(layer, sight, self.sequences)
-        offsets, num_parts = torch.arange(size, device=picked.device), max(1, _TILE_TOKENS // size)
+        offsets, num_parts = torch.arange(size, device=picked.device), max(1, TILE_TOKENS // size)
         for start in range(0, picked.shape[1], num_parts):
             parts = picked[:, start : start + num_parts]
             there = (parts >= 0).unsqueeze(2)

@@ -28,7 +28,7 @@ RANKINGS = ("spread", "bound")
 _DEVIATIONS = 3.0
 """Of the spread. For 16 normal numbers h is about 1.8 standard deviations, so this is 5 of the
 score: a key that stands out. Between 2 and 4 it makes little difference (measured)."""
-_BLOCK = 512
+BLOCK_PAGES = 512
 """Pages that are looked at at a time: scores take 4 bytes for each, per head and query."""
 
 
@@ -89,8 +89,8 @@ class Summaries:
         batch, heads, num, dim = q.shape
         every = self._rows[layer]
         grouped = q.to(accumulate_dtype(q.dtype)).reshape(batch, every.shape[1], -1, dim)
-        for start in range(0, self.num_used, _BLOCK):
-            block = every[:, :, start : min(start + _BLOCK, self.num_used)]
+        for start in range(0, self.num_used, BLOCK_PAGES):
+            block = every[:, :, start : min(start + BLOCK_PAGES, self.num_used)]
             block = block if len(rows) == len(block) == 1 else block[rows]
             middle, half = block.to(grouped.dtype).transpose(-1, -2).chunk(2, dim=-2)
             found = grouped @ middle

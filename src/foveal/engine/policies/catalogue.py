@@ -5,10 +5,11 @@ from dataclasses import asdict
 from typing import Any
 
 from foveal.core.errors import ArgumentError
+from foveal.engine.policies.recall import Recall
 from foveal.engine.policies.windowed import Plain, Sinks
 from foveal.engine.policy import Policy
 
-POLICIES: tuple[type[Policy], ...] = (Sinks, Plain)
+POLICIES: tuple[type[Policy], ...] = (Sinks, Plain, Recall)
 
 
 def find_policy(policy: str | Policy) -> Policy:

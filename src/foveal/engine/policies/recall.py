@@ -14,7 +14,6 @@ from foveal.kv.cache import ResumableCache, Window
 from foveal.kv.paged import PagedCache
 from foveal.kv.recall import RecallCache, RecallConfig
 from foveal.kv.store import PageStore
-from foveal.kv.summary import BLOCK_PAGES
 from foveal.kv.tiers import TierConfig, Tiers
 from foveal.nn.rope import Rotation
 
@@ -62,11 +61,11 @@ class Recall(Policy):
         return max(1, (context - pages * _PAGE_SIZE) * 4 // 5)
 
     def window(self, size: int, sinks: int) -> Window:
-        """See `Policy.window`."""
+        """See `Policy.window`. Sinks are kept in whole pages."""
         if size < _PAGE_SIZE:
             accepted = f"at least a page of {_PAGE_SIZE} tokens, with policy {self.name!r}"
             raise ArgumentError("window size", size, accepted)
-        return Window(size, sinks)
+        return Window(size, -(-sinks // _PAGE_SIZE) * _PAGE_SIZE)
 
     def make(self, window: Window, storage: Storage) -> RecallCache:
         """See `Policy.make`. A frozen file that is there is emptied: a saved state holds all that
@@ -82,6 +81,11 @@ class Recall(Policy):
             return Rotation.back(ropes[layer], positions.unsqueeze(1), keys.dtype).apply(keys)
 
         return RecallCache(PagedCache(hot, dtype=storage.dtype), tiers, config, turn)
+
+    def read_bytes(self, cache: ResumableCache, storage: Storage, num_heads: int) -> int:
+        """See `Policy.read_bytes` and `RecallCache.read_bytes`."""
+        assert isinstance(cache, RecallCache)
+        return cache.read_bytes(num_heads, storage.step_tokens)
 
     def disk_bytes(self, window: Window, storage: Storage) -> int:
         """See `Policy.disk_bytes`."""
