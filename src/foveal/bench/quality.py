@@ -27,22 +27,21 @@ class Candidate:
     policy: str
     """Name of a window policy, or `FULL`, or `RECOMPUTE`."""
     span: int
-    """Tokens that a query sees at most, sinks included."""
+    """Tokens kept, sinks included."""
     sinks: int = 0
     kv: str
     """Storage format of keys and values."""
-    settings: str = "{}"
-    """Of the policy, as JSON."""
+    kept: str = ""
+    """Sinks and window, as a policy makes them of this."""
 
     @property
     def subject(self) -> dict[str, str]:
         """For a finding."""
-        kept = f"{self.sinks}+{self.span - self.sinks}" if self.sinks else f"{self.span}"
-        settings = {} if self.settings == "{}" else {"settings": self.settings}
-        return {"policy": self.policy, "tokens": kept, "stored as": self.kv, **settings}
+        found = {"policy": self.policy, "tokens": str(self.span), "stored as": self.kv}
+        return found | ({"sinks + window": self.kept} if self.kept else {})
 
     def __str__(self) -> str:
-        return " ".join([*self.subject.values()][:3])
+        return f"{self.policy} {self.span}, {self.sinks} sinks, {self.kv}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +54,7 @@ class Mean:
 
     def named(self, name: str) -> dict[str, float | None]:
         """For a finding."""
-        return {name: self.value, f"{name} ±": self.error}
+        return {name: self.value, f"± {name}": self.error}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,10 +104,10 @@ class Scores:
     @property
     def values(self) -> dict[str, float | None]:
         """For a finding."""
-        found = self.bits.named("bits per token")
+        found = self.bits.named("bits per token_bits")
         for divergence in self.divergences:
             found |= divergence.values
-        return {**found, "held_bytes": self.held_bytes, "token_s": self.s_per_token}
+        return {**found, "held_bytes": self.held_bytes, "per token_s": self.s_per_token}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +125,7 @@ class Recalled:
     @property
     def values(self) -> dict[str, float | None]:
         """For a finding."""
-        return {**self.bits.named("bits per token"), "right_share": self.hits}
+        return {**self.bits.named("bits per token_bits"), "right_share": self.hits}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

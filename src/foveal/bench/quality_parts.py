@@ -126,7 +126,7 @@ class Bench:
         full = self.candidate(FULL, len(planned.ids) + self.context)
         for candidate in (full, *self._of_policies([self.context])):
             try:
-                reader = StreamReader(self.llm, candidate, STEP_TOKENS)
+                reader = StreamReader(self.llm, candidate)
             except Refusal as refusal:
                 yield self._refused("recall", title, candidate, refusal)
                 continue
@@ -178,16 +178,14 @@ class Bench:
     ) -> Iterator[Finding]:
         """References first, then each candidate that can be."""
         title = f"{self.source.name}: {reading}"
-        full = self._entrant(self.candidate(FULL, reading.length), reading)
+        full = self._entrant(self.candidate(FULL, reading.length))
         spans = sorted({c.span for c in candidates} if reading.length > self.context else ())
-        windows = {
-            span: self._entrant(self.candidate(RECOMPUTE, span), reading, full) for span in spans
-        }
+        windows = {span: self._entrant(self.candidate(RECOMPUTE, span), full) for span in spans}
         entrants = [full, *windows.values()]
         for candidate in candidates:
             references = [full, *([windows[candidate.span]] if spans else [])]
             try:
-                entrants.append(self._entrant(candidate, reading, *references))
+                entrants.append(self._entrant(candidate, *references))
             except Refusal as refusal:
                 yield self._refused(part, title, candidate, refusal)
         read_all(entrants, reading, self.progress(part, reading.num_steps * len(entrants)))
@@ -196,9 +194,8 @@ class Bench:
             scores = entrant.scores(reading)
             yield self._finding(part, title, entrant.candidate.subject, scores.values, scores.curve)
 
-    def _entrant(self, candidate: Candidate, reading: Reading, *references: Entrant) -> Entrant:
-        begin, step = self.source.begin, reading.step_tokens
-        return Entrant(open_reader(self.llm, candidate, begin, step), references)
+    def _entrant(self, candidate: Candidate, *references: Entrant) -> Entrant:
+        return Entrant(open_reader(self.llm, candidate, self.source.begin), references)
 
     def _refused(self, part: str, title: str, candidate: Candidate, refusal: Exception) -> Finding:
         return self._finding(part, title, {**candidate.subject, "refused": str(refusal)}, {})

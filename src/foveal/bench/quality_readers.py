@@ -7,7 +7,6 @@ prediction is made from W - s + 1 to W tokens. With a stride of 1 that is the te
 window with re-computation; the default stride costs a few percent of the window instead.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -16,8 +15,7 @@ import torch
 
 from foveal.bench.quality import FULL, RECOMPUTE, Candidate
 from foveal.engine.llm import LLM
-from foveal.engine.policies.catalogue import find_policy, policy_facts, policy_of
-from foveal.engine.policy import Policy
+from foveal.engine.policies.catalogue import find_policy
 from foveal.engine.session import Session
 
 STRIDES = 8
@@ -47,29 +45,31 @@ class Reader(Protocol):
         """Give back what it holds."""
 
 
-def open_reader(llm: LLM, candidate: Candidate, begin: Sequence[int], chunk: int) -> Reader:
+def open_reader(llm: LLM, candidate: Candidate, begin: Sequence[int]) -> Reader:
     """The reader of a candidate. Raises what `Session` raises for one that cannot be."""
     if candidate.policy == RECOMPUTE:
         return WindowReader(llm, candidate, begin)
-    return StreamReader(llm, candidate, chunk)
+    return StreamReader(llm, candidate)
 
 
 class StreamReader:
     """A session."""
 
-    def __init__(self, llm: LLM, candidate: Candidate, chunk: int) -> None:
-        policy = _policy(candidate)
+    def __init__(self, llm: LLM, candidate: Candidate) -> None:
+        """The policy says which window makes the most of the candidate's tokens."""
+        full = candidate.policy == FULL
+        policy = find_policy("window" if full else candidate.policy)
+        sinks = candidate.sinks
         self.session = Session(
             llm,
             policy=policy,
-            window=candidate.span - candidate.sinks,
-            sinks=candidate.sinks,
+            window=policy.default_window(candidate.span, sinks),
+            sinks=sinks,
             kv=candidate.kv,
-            chunk=chunk,
         )
-        facts = {} if candidate.policy == FULL else policy_facts(policy)
-        settings = {name: value for name, value in facts.items() if name != "name"}
-        self.candidate = replace(candidate, settings=json.dumps(settings))
+        config = self.session.config
+        kept = "" if full else f"{config.sinks} + {config.window}"
+        self.candidate = replace(candidate, kept=kept)
 
     @property
     def held_bytes(self) -> int:
@@ -149,11 +149,3 @@ class WindowReader:
         given = torch.tensor(windows, device=self._model.device)
         logits: torch.Tensor = self._model(given, backend=self._backend)
         return logits
-
-
-def _policy(candidate: Candidate) -> Policy:
-    """Full attention is a window that is never full."""
-    if candidate.policy == FULL:
-        return find_policy("window")
-    settings = json.loads(candidate.settings)
-    return policy_of({"name": candidate.policy, **settings})

@@ -47,10 +47,8 @@ class Reading:
 
     def __str__(self) -> str:
         scored = f"scored from {self.first:,} on" if self.first else "all scored"
-        return (
-            f"{len(self.passages)} passages of {self.length:,} tokens, {scored}, "
-            f"read {self.step_tokens} at once"
-        )
+        passages = "a passage" if len(self.passages) == 1 else f"{len(self.passages)} passages"
+        return f"{passages} of {self.length:,} tokens, {scored}, read {self.step_tokens} at once"
 
     def steps(self, passage: Sequence[int]) -> Iterator[tuple[int, Sequence[int], torch.Tensor]]:
         """Where each step begins, its tokens, and the tokens that follow each of them."""

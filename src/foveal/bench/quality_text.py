@@ -56,7 +56,7 @@ def source_of(tokenizer: Tokenizer, file: Path | None) -> Source:
         if document.held_out and (text := document.read()):
             inner = tokenizer.encode(text, special=False)
             ids += [*begin, *inner, *tokenizer.eos_ids[:1]]
-    return _source(tokenizer, "held-out standard library", ids)
+    return _source(tokenizer, "held-out source", ids)
 
 
 def _read(file: Path) -> str:
