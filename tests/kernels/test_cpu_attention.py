@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import accumulate
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cases import BY_NAME, CASES, Case, spec
 from foveal.attention import native
 from foveal.attention.merge import with_sink
 from foveal.attention.operands import Operands
+from foveal.attention.packed import Bounds
 from foveal.attention.spec import AttentionSpec, alibi_slopes
 from foveal.kernels import available
 from foveal.kernels.cpu import library
@@ -195,6 +197,30 @@ def test_a_row_alone_is_the_row_in_a_batch(isa: str, name: str) -> None:
         one = slice(i, i + 1)
         alone = native.forward(q[one], k[one], v[one], made, Operands())
         assert equal(alone, (out[one], lse[one]))
+
+
+PACKED = [(40, 40), (0, 9), (7, 300), (1, 2100), (30, 0), (0, 0), (400, 500), (3, 2)]
+"""Queries and keys of packed sequences."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("given_positions", [False, True])
+@pytest.mark.parametrize(
+    "fields", [{"causal": True}, {"window": (50, 9), "sinks": 2, "alibi": alibi_slopes(4)}], ids=str
+)
+def test_packed_sequences_are_each_alone(
+    isa: str, dtype: torch.dtype, given_positions: bool, fields: dict
+) -> None:
+    made = spec(4, 2, 32, **fields)
+    bounds = Bounds(*(tuple(accumulate(x, initial=0)) for x in zip(*PACKED, strict=True)))
+    q, k, v = tensors(made, 1, bounds.q[-1], bounds.kv[-1], dtype)
+    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    positions = torch.cat([torch.arange(n) + m for n, m in PACKED]) if given_positions else None
+    out, lse = native.forward(q, k, v, made, Operands(q_positions=positions), bounds)
+    for rows, keys in bounds:
+        part = (q[:, :, rows], k[:, :, keys], v[:, :, keys])
+        given = Operands(q_positions=None if positions is None else positions[rows])
+        assert equal(native.forward(*part, made, given), (out[:, :, rows], lse[:, :, rows]))
 
 
 @pytest.mark.parametrize("left", [None, 60])

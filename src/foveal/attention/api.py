@@ -4,9 +4,7 @@ A call is checked once, a backend is chosen (`select.choose`) and run, and learn
 merged into its result here, the same way for all.
 """
 
-import math
 from dataclasses import replace
-from itertools import pairwise
 from typing import Literal, Unpack, overload
 
 import torch
@@ -14,15 +12,12 @@ import torch
 from foveal.attention.backend import Backend
 from foveal.attention.merge import with_sink
 from foveal.attention.operands import OperandFields, Operands
+from foveal.attention.packed import Bounds, Result, nothing
 from foveal.attention.select import choose
 from foveal.attention.spec import AttentionSpec
 from foveal.attention.validate import check, check_budget, check_packed, read_bounds
 from foveal.attention.workload import Workload
-from foveal.core.dtypes import accumulate_dtype
 from foveal.core.errors import ArgumentError
-
-Result = tuple[torch.Tensor, torch.Tensor]
-"""`out` and the natural log-sum-exp."""
 
 
 @overload
@@ -144,31 +139,31 @@ def attend_varlen(
     given = Operands(**operands)
     spec = check_packed(q, k, v, spec, given)
     check_budget(memory_budget)
+    bounds = _bounds(cu_seqlens_q, q, cu_seqlens_k, k)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    longest = bounds.longest
+    workload = replace(
+        Workload.of(q, k, v, given, return_lse=return_lse),
+        batch=len(bounds),
+        q_len=longest[0],
+        kv_len=longest[1],
+        packed=True,
+    )
+    choice = choose(spec, workload, backend=backend, memory_budget=memory_budget)
+    out, lse = _compute(choice.backend, q, k, v, spec, seeded(given, spec), bounds)
+    out, lse = (x.squeeze(0).transpose(0, 1) for x in (out, lse))
+    return (out, lse) if return_lse else out
+
+
+def _bounds(
+    cu_seqlens_q: torch.Tensor, q: torch.Tensor, cu_seqlens_k: torch.Tensor, k: torch.Tensor
+) -> Bounds:
     q_bounds = read_bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0])
     k_bounds = read_bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     if len(q_bounds) != len(k_bounds):
         accepted = f"{len(q_bounds)} bounds, as cu_seqlens_q"
         raise ArgumentError("cu_seqlens_k", f"{len(k_bounds)} bounds", accepted)
-    rows, columns = list(pairwise(q_bounds)), list(pairwise(k_bounds))
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    workload = replace(
-        Workload.of(q, k, v, given, return_lse=return_lse),
-        batch=len(rows),
-        q_len=max((stop - start for start, stop in rows), default=0),
-        kv_len=max((stop - start for start, stop in columns), default=0),
-        packed=True,
-    )
-    choice = choose(spec, workload, backend=backend, memory_budget=memory_budget)
-    given = seeded(given, spec)
-    parts = [(q[:, :, :0], k[:, :, :0], v[:, :, :0], given)]
-    for i, ((a, b), (c, d)) in enumerate(zip(rows, columns, strict=True)):
-        parts.append(
-            (q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], _sequence(given, i, (a, b), (c, d)))
-        )
-    results = [_compute(choice.backend, *part[:3], spec, part[3]) for part in parts]
-    out = torch.cat([out for out, _ in results], dim=2).squeeze(0).transpose(0, 1)
-    lse = torch.cat([lse for _, lse in results], dim=2).squeeze(0).transpose(0, 1)
-    return (out, lse) if return_lse else out
+    return Bounds(tuple(q_bounds), tuple(k_bounds))
 
 
 def _compute(
@@ -178,22 +173,17 @@ def _compute(
     v: torch.Tensor,
     spec: AttentionSpec,
     operands: Operands,
+    bounds: Bounds | None = None,
 ) -> Result:
     """Run a backend; answer calls with nothing in them; let the sink logits join."""
-    if q.numel() and k.numel():
+    if not q.numel() or not k.numel():
+        out, lse = nothing(q, k, v)
+    elif bounds is None:
         out, lse = backend.run(q, k, v, spec, operands)
     else:
-        out, lse = _nothing(q, k, v)
+        out, lse = backend.run_packed(q, k, v, spec, operands, bounds)
     if operands.sink_logits is not None:
         out, lse = with_sink(out, lse, operands.sink_logits)
-    return out, lse
-
-
-def _nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
-    """The result where there are no queries or no keys; gradients reach the inputs as zeros."""
-    zero = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
-    out = q.new_zeros(*q.shape[:-1], v.shape[-1]) + zero
-    lse = q.new_full(q.shape[:-1], -math.inf, dtype=accumulate_dtype(q.dtype)) + zero
     return out, lse
 
 
@@ -202,16 +192,3 @@ def seeded(operands: Operands, spec: AttentionSpec) -> Operands:
     if not spec.dropout or operands.seed is not None:
         return operands
     return replace(operands, seed=int(torch.randint(2**63 - 1, ())))
-
-
-def _sequence(
-    operands: Operands, index: int, rows: tuple[int, int], columns: tuple[int, int]
-) -> Operands:
-    """The operands of one sequence of a packed call."""
-    q_positions, kv_positions, seed = operands.q_positions, operands.kv_positions, operands.seed
-    return replace(
-        operands,
-        q_positions=None if q_positions is None else q_positions[slice(*rows)],
-        kv_positions=None if kv_positions is None else kv_positions[slice(*columns)],
-        seed=None if seed is None else seed + (index << 32),
-    )

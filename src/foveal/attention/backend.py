@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from foveal.attention.operands import Operands
+from foveal.attention.packed import Bounds, Result
 from foveal.attention.spec import AttentionSpec
 from foveal.attention.workload import Workload
 from foveal.hardware.profile import Machine
@@ -43,7 +44,7 @@ class Backend(Protocol):
         v: torch.Tensor,
         spec: AttentionSpec,
         operands: Operands,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Result:
         """Compute `out` [B, H, Lq, Dv] in q's dtype and `lse` [B, H, Lq], the natural log-sum-exp
         of the visible scores, in float32 (float64 for float64 inputs).
 
@@ -54,3 +55,16 @@ class Backend(Protocol):
         `needs_lse` gives an lse of NaN. `operands.sink_logits` is not the backend's concern: the
         door merges it into the result.
         """
+
+    def run_packed(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spec: AttentionSpec,
+        operands: Operands,
+        bounds: Bounds,
+    ) -> Result:
+        """As `run`, for sequences packed one after another: [1, H, tokens, D], each query seeing
+        keys of its own sequence only. A sequence may have no queries or no keys. `OneByOne` does it
+        by one `run` for each."""

@@ -10,6 +10,7 @@ import torch
 
 from foveal.attention import cost
 from foveal.attention.operands import Operands
+from foveal.attention.packed import Bounds
 from foveal.attention.spec import AttentionSpec
 from foveal.attention.workload import Workload
 from foveal.core.dtypes import dtype_name
@@ -47,15 +48,25 @@ def obstacles(
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, operands: Operands
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec,
+    operands: Operands,
+    bounds: Bounds | None = None,
 ) -> Result:
-    """`out` [B, H, Lq, Dv] in q's dtype and `lse` float32 [B, H, Lq]; no gradients."""
+    """`out` [B, H, Lq, Dv] in q's dtype and `lse` float32 [B, H, Lq]; no gradients.
+
+    With `bounds`, of packed sequences, [1, H, tokens, Dv] and [1, H, tokens].
+    """
     beside = Beside(
         mask=operands.mask,
         bias=operands.bias,
         q_positions=operands.q_positions,
         kv_positions=operands.kv_positions,
         kv_lengths=operands.kv_lengths,
+        q_bounds=None if bounds is None else torch.tensor(bounds.q),
+        kv_bounds=None if bounds is None else torch.tensor(bounds.kv),
     )
     return attention_forward(q, k, v, _rules(spec), beside)
 

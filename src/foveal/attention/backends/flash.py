@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from foveal.attention import cost, native
 from foveal.attention.mask import Sight, Visibility, cut
 from foveal.attention.operands import Operands
+from foveal.attention.packed import Bounds, OneByOne
 from foveal.attention.spec import Approximation, AttentionSpec
 from foveal.attention.workload import Workload
 from foveal.core.dtypes import accumulate_dtype
@@ -55,7 +56,7 @@ class Sizes:
     span: int
 
 
-class Flash:
+class Flash(OneByOne):
     """Tiled online softmax, by the native kernels where they serve a call."""
 
     name = "flash"
@@ -119,12 +120,34 @@ class Flash:
         operands: Operands,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.run`. Differentiable in q, k, v and the bias, through `out` and `lse`."""
-        inputs = (q, k, v) if operands.bias is None else (q, k, v, operands.bias)
-        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        if not needs_grad and not native.obstacles(spec, q.dtype, q.device.type, False):
+        if _needs_no_grad(q, k, v, operands.bias) and _native(spec, q):
             return native.forward(q, k, v, spec, operands)
         out, lse = _Flash.apply(q, k, v, operands.bias, spec, operands)  # type: ignore[no-untyped-call]
         return out, lse
+
+    def run_packed(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spec: AttentionSpec,
+        operands: Operands,
+        bounds: Bounds,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Backend.run_packed`. In one call where no gradient is needed."""
+        if _needs_no_grad(q, k, v) and _native(spec, q):
+            return native.forward(q, k, v, spec, operands, bounds)
+        return super().run_packed(q, k, v, spec, operands, bounds)
+
+
+def _needs_no_grad(*inputs: torch.Tensor | None) -> bool:
+    needed = any(x is not None and x.requires_grad for x in inputs)
+    return not (needed and torch.is_grad_enabled())
+
+
+def _native(spec: AttentionSpec, q: torch.Tensor) -> bool:
+    """Whether native kernels serve a call that needs no gradient."""
+    return not native.obstacles(spec, q.dtype, q.device.type, False)
 
 
 def _obstacles(spec: AttentionSpec, workload: Workload) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from foveal.attention import cost
 from foveal.attention.mask import Sight, Visibility, cut
 from foveal.attention.operands import Operands
+from foveal.attention.packed import OneByOne
 from foveal.attention.spec import Approximation, AttentionSpec
 from foveal.attention.workload import Workload
 from foveal.core.dtypes import accumulate_dtype
@@ -38,7 +39,7 @@ _MAX_COMPILED = 256
 """Compiled kernels kept; PyTorch's default of 8 is soon used up."""
 
 
-class Flex:
+class Flex(OneByOne):
     """FlexAttention, compiled."""
 
     name = "flex"

@@ -25,6 +25,7 @@ import torch
 from foveal.attention import cost
 from foveal.attention.mask import Sight, Visibility, cut, num_visible
 from foveal.attention.operands import Operands
+from foveal.attention.packed import OneByOne
 from foveal.attention.spec import Approximation, AttentionSpec
 from foveal.attention.workload import Workload
 from foveal.core.dtypes import accumulate_dtype
@@ -47,7 +48,7 @@ _CUDA_HEAD_DIM = 256
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-class Fused:
+class Fused(OneByOne):
     """SDPA, pinned."""
 
     name = "fused"

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from foveal.attention import cost
 from foveal.attention.mask import Visibility
 from foveal.attention.operands import Operands
+from foveal.attention.packed import OneByOne
 from foveal.attention.spec import Approximation, AttentionSpec
 from foveal.attention.workload import Workload
 from foveal.core.dtypes import accumulate_dtype
@@ -37,7 +38,7 @@ _CALLS = 30
 """Operators that a forward pass launches."""
 
 
-class Unfused:
+class Unfused(OneByOne):
     """The textbook computation."""
 
     name = "unfused"
