@@ -184,7 +184,7 @@ def test_sinks_and_what_is_recent_stay_exact_where_the_rest_is_in_few_bits(llm: 
 def held(session: Session) -> dict[int, torch.Tensor]:
     """The keys of the first layer, by position: what went before does not change them."""
     found = {}
-    for tile in session._cache.view(0).tiles(sight()):
+    for tile in session._memory.cache.view(0).tiles(sight()):
         for slot in (tile.positions[0] >= 0).nonzero().flatten().tolist():
             found[int(tile.positions[0, slot])] = tile.keys[0, :, slot].clone()
     return found

@@ -5,6 +5,7 @@
     ├── ArgumentError    (ValueError)  an argument of a call is wrong
     ├── Unsupported      (ValueError)  nobody can do what was asked; carries every reason
     ├── BudgetExceeded                 a memory budget cannot be kept; carries the numbers
+    ├── DriftExceeded                  a stream has left its tolerance; carries the divergence
     ├── OutOfPages                     the page pool is full
     ├── LoadError                      a checkpoint or tokenizer cannot be loaded
     └── RequestError     (ValueError)  a request for text cannot be served
@@ -50,6 +51,16 @@ class BudgetExceeded(FovealError):
         super().__init__("\n".join([f"{what}: budget {budget_bytes:,} bytes; needed:", *lines]))
         self.budget_bytes = budget_bytes
         self.needed_bytes = dict(needed_bytes)
+
+
+class DriftExceeded(FovealError):
+    """A stream's cache rounds so much that its predictions have left the tolerance. The stream
+    may go on. `kl_mean` and `kl_max` are in nats."""
+
+    def __init__(self, what: str, kl_mean: float, kl_max: float) -> None:
+        super().__init__(what)
+        self.kl_mean = kl_mean
+        self.kl_max = kl_max
 
 
 class OutOfPages(FovealError):

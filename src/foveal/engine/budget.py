@@ -17,10 +17,12 @@ import torch
 from foveal.attention.paged import narrow
 from foveal.attention.select import choose
 from foveal.attention.workload import Workload
+from foveal.core.dtypes import dtype_name
 from foveal.core.errors import BudgetExceeded
 from foveal.core.units import format_bytes
+from foveal.engine.gate import Tolerance, rounds
 from foveal.engine.policy import Policy, Storage
-from foveal.kv.cache import Window
+from foveal.kv.cache import ResumableCache, Window
 from foveal.kv.formats import parse_format
 from foveal.models.decoder import Decoder
 
@@ -42,11 +44,13 @@ class Need:
     """Alive at most while a step is computed. An estimate."""
     disk_bytes: int = 0
     """Files, at most; not of the total."""
+    reference_bytes: int = 0
+    """The cache that a tolerance is measured against."""
 
     @property
     def total_bytes(self) -> int:
-        """Of memory."""
-        return self.cache_bytes + self.step_bytes
+        """Of memory, all of it."""
+        return self.cache_bytes + self.step_bytes + self.reference_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +62,38 @@ class Stream:
     window: Window
     storage: Storage
     backend: str = "auto"
+    tolerance: Tolerance | None = None
+
+    @property
+    def reference(self) -> "Stream":
+        """The stream that this one is measured against, in the model's precision."""
+        exact = replace(self.storage, format=dtype_name(self.storage.dtype))
+        return replace(self, storage=exact, tolerance=None)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether its cache changes what it stores."""
+        return rounds(self.storage.format, self.storage.dtype)
+
+    def make(self) -> ResumableCache:
+        """Its cache."""
+        return self.policy.make(self.window, self.storage)
 
     def need(self) -> Need:
         """What it takes."""
+        own = self._own_need()
+        if self.tolerance is None or not self.rounds:
+            return own
+        beside = self.reference.need()
+        return replace(
+            own,
+            step_bytes=own.step_bytes + beside.step_bytes,
+            reference_bytes=beside.cache_bytes,
+        )
+
+    def _own_need(self) -> Need:
         meta = replace(self.storage, device=torch.device("meta"))
         cache = self.policy.make(self.window, meta)
-        cache_bytes = cache.nbytes
         seen = min(cache.stats.capacity, 2 * self.window.span)  # pages hold more than the window
         config, tokens = self.model.config, self.storage.step_tokens
         spec = narrow(config.spec(0), self.window)
@@ -87,7 +117,7 @@ class Stream:
             + tokens * elements * 4
             + choose(spec, workload, backend=self.backend).chosen.workspace_bytes
         )
-        return Need(cache_bytes, step_bytes, self.policy.disk_bytes(self.window, self.storage))
+        return Need(cache.nbytes, step_bytes, self.policy.disk_bytes(self.window, self.storage))
 
     def within(self, memory: int | None, step_tokens: int | None) -> "Stream":
         """This stream with steps of `step_tokens`, or else the largest that fit `memory` bytes.
@@ -129,4 +159,6 @@ class Stream:
             f"{steps} in {self.storage.format} takes {format_bytes(need.total_bytes)}; {remedy}"
         )
         needed = {"cache": need.cache_bytes, "step (estimate)": need.step_bytes}
+        if need.reference_bytes:
+            needed["reference"] = need.reference_bytes
         return BudgetExceeded(what, memory, needed)

@@ -12,7 +12,7 @@ promises, in a step of any size.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Self
@@ -25,7 +25,9 @@ from foveal.core.errors import ArgumentError, ConfigError, RequestError
 from foveal.engine import state
 from foveal.engine.answer import Answer
 from foveal.engine.budget import Need, Stream
+from foveal.engine.gate import DriftStats, Tolerance
 from foveal.engine.llm import LLM
+from foveal.engine.memory import Memory
 from foveal.engine.policies.catalogue import find_policy, policy_facts, policy_of
 from foveal.engine.policy import Policy, Storage
 from foveal.engine.request import Completion, Piece, Request, SamplingParams, check_ids
@@ -51,6 +53,8 @@ class SessionConfig:
     """Bytes that cache and step may take, beside the weights."""
     chunk: int
     """Tokens of a step at most."""
+    tolerance: Tolerance | None = None
+    """How far the cache's rounding may lead the stream astray."""
 
     def settings(self) -> dict[str, Any]:
         """The arguments that make such a session."""
@@ -58,7 +62,14 @@ class SessionConfig:
 
     def facts(self) -> dict[str, Any]:
         """The same, as JSON can hold it."""
-        return {**self.settings(), "policy": policy_facts(self.policy)}
+        tolerance = None if self.tolerance is None else asdict(self.tolerance)
+        return {**self.settings(), "policy": policy_facts(self.policy), "tolerance": tolerance}
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "SessionConfig":
+        """The settings that `facts` told."""
+        tolerance = facts["tolerance"] and Tolerance(**facts["tolerance"])
+        return cls(**{**facts, "policy": policy_of(facts["policy"]), "tolerance": tolerance})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +83,8 @@ class SessionStats:
     """Mean surprise of the tokens given to `feed`; None before the first that was predicted."""
     cache: CacheStats
     need: Need
+    drift: DriftStats | None
+    """What the tolerance's looks have found; None without a tolerance."""
 
     @property
     def occupancy(self) -> float:
@@ -92,14 +105,18 @@ class Session:
         memory: int | None = None,
         kv: str | None = None,
         chunk: int | None = None,
+        tolerance: float | Tolerance | None = None,
     ) -> None:
         """An empty session. A `Decoder` takes and gives token ids only, an `LLM` text, too.
 
         `policy` is one of `engine/policies/`, or the name of one for its default settings.
         `window` None is what the model's context leaves beside the sinks and what else the policy
         shows; `sinks` None is what the policy says; `kv` None is the model's dtype; `chunk` None is
-        the largest of 256, 128, ... that fits. `memory` caps the bytes of cache and step beside the weights: the cache is
-        counted exactly, a step by estimate (`engine/budget.py`).
+        the largest of 256, 128, ... that fits. `memory` caps the bytes of cache and step beside the
+        weights: the cache is counted exactly, a step by estimate (`engine/budget.py`).
+        `tolerance` (a number of nats stands for the other defaults of `Tolerance`) is for a `kv`
+        that rounds: now and then the stream is measured against one in the model's precision
+        (`engine/gate.py`).
 
         Raises `ConfigError` for a model that cannot stream, with the reason, `BudgetExceeded`
         for a cap that is too small, with the numbers, and `ArgumentError`.
@@ -112,24 +129,37 @@ class Session:
         for name, value in (("memory", memory), ("chunk", chunk)):
             if value is not None and value < 1:
                 raise ArgumentError(name, value, "an integer of at least 1")
-        stream = self._plan(window, sinks, find_policy(policy), kv).within(memory, chunk)
-        self.need = stream.need()
-        self.config = SessionConfig(
-            policy=stream.policy,
-            window=stream.window.size,
-            sinks=stream.window.sinks,
-            kv=stream.storage.format,
-            memory=memory,
-            chunk=stream.storage.step_tokens,
-        )
-        self._cache = stream.policy.make(stream.window, stream.storage)
+        if isinstance(tolerance, float | int):
+            tolerance = Tolerance(kl=tolerance)
+        stream = self._plan(window, sinks, find_policy(policy), kv)
+        stream = replace(stream, tolerance=tolerance).within(memory, chunk)
+        self._memory, self._cap = Memory(stream, memory), memory
         self._next: torch.Tensor | None = None
         self._bits, self._num_predicted = 0.0, 0
 
     @property
+    def config(self) -> SessionConfig:
+        """How it remembers now."""
+        stream = self._memory.stream
+        return SessionConfig(
+            policy=stream.policy,
+            window=stream.window.size,
+            sinks=stream.window.sinks,
+            kv=stream.storage.format,
+            memory=self._cap,
+            chunk=stream.storage.step_tokens,
+            tolerance=stream.tolerance,
+        )
+
+    @property
+    def need(self) -> Need:
+        """Bytes that it takes beside the weights."""
+        return self._memory.need
+
+    @property
     def num_tokens(self) -> int:
         """Tokens taken in so far."""
-        return self._cache.length
+        return self._memory.cache.length
 
     @property
     def next_logits(self) -> torch.Tensor | None:
@@ -147,13 +177,14 @@ class Session:
     @property
     def stats(self) -> SessionStats:
         """Counts for reports."""
-        kept = self.config.window + self.config.sinks
+        kept, gate = self._memory.stream.window.span, self._memory.gate
         return SessionStats(
             num_tokens=self.num_tokens,
             num_forgotten=max(0, self.num_tokens - kept),
             bits_per_token=self._bits / self._num_predicted if self._num_predicted else None,
-            cache=self._cache.stats,
+            cache=self._memory.cache.stats,
             need=self.need,
+            drift=None if gate is None else gate.stats,
         )
 
     def feed(self, tokens: str | Sequence[int]) -> torch.Tensor:
@@ -161,7 +192,8 @@ class Session:
 
         At the start of a session a text is opened by the tokenizer's begin token, which is not
         among the n. A token that nothing came before has NaN. Raises `RequestError` for ids
-        outside the vocabulary, and text where there is no tokenizer, before anything is taken in.
+        outside the vocabulary, and text where there is no tokenizer, before anything is taken in;
+        and what a tolerance asks for, after a step: `num_tokens` says how far it came then.
         """
         ids = self._open(tokens)
         parts = [torch.zeros(0)]
@@ -200,18 +232,20 @@ class Session:
     def fork(self) -> Self:
         """An independent session in the same state; takes as much memory again."""
         other = type(self)(self._llm or self.model, **self.config.settings())
-        other._cache.restore(self._cache.state())
-        other._next = self._next
-        other._bits, other._num_predicted = self._bits, self._num_predicted
+        other._restore(self._totals(), self._tensors())
         return other
+
+    def change(self, *, kv: str | None = None, window: int | None = None) -> None:
+        """Go on in another storage format, or with a smaller window; see `Memory.change`."""
+        self._memory.change(kv, window)
 
     def close(self) -> None:
         """Give back what lies outside of memory: files and threads of the policy's cache."""
-        self.config.policy.close(self._cache)
+        self._memory.close()
 
     def reset(self) -> None:
         """Forget everything; memory stays allocated."""
-        self._cache.reset()
+        self._memory.reset()
         self._next = None
         self._bits, self._num_predicted = 0.0, 0
 
@@ -224,12 +258,9 @@ class Session:
         header = {
             "model": fingerprint(self.model),
             "config": self.config.facts(),
-            "totals": [self._bits, self._num_predicted],
+            "totals": self._totals(),
         }
-        tensors = {f"cache.{name}": tensor for name, tensor in self._cache.state().items()}
-        if self._next is not None:
-            tensors["next"] = self._next
-        state.write(Path(path), header, tensors)
+        state.write(Path(path), header, self._tensors())
 
     @classmethod
     def load(cls, path: Path | str, model: Decoder | LLM) -> Self:
@@ -239,17 +270,27 @@ class Session:
         """
         decoder = model.model if isinstance(model, LLM) else model
         header, tensors = state.read(Path(path), fingerprint(decoder))
-        settings = {**header["config"], "policy": policy_of(header["config"]["policy"])}
-        session = cls(model, **settings)
+        session = cls(model, **SessionConfig.of(header["config"]).settings())
         session._restore(header["totals"], tensors)
         return session
 
-    def _restore(self, totals: Sequence[Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        parts = ((name.partition("."), tensor) for name, tensor in tensors.items())
-        self._cache.restore({rest: t for (first, _, rest), t in parts if first == "cache"})
-        stored = tensors.get("next")
-        self._next = None if stored is None else stored.to(self.model.device)
-        self._bits, self._num_predicted = float(totals[0]), int(totals[1])
+    def _totals(self) -> dict[str, Any]:
+        return {
+            "bits": self._bits,
+            "num_predicted": self._num_predicted,
+            "memory": self._memory.facts(),
+        }
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        after = {} if self._next is None else {"next": self._next}
+        return {**self._memory.tensors(), **after}
+
+    def _restore(self, totals: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        after = tensors.get("next")
+        held = {name: tensor for name, tensor in tensors.items() if name != "next"}
+        self._memory.restore(totals["memory"], held)
+        self._next = None if after is None else after.to(self.model.device)
+        self._bits, self._num_predicted = totals["bits"], totals["num_predicted"]
 
     def _plan(
         self, window: int | None, sinks: int | None, policy: Policy, kv: str | None
@@ -286,19 +327,17 @@ class Session:
         """Logits [n, V] and surprise [n] of each step."""
         for start in range(0, len(ids), self.config.chunk):
             yield self._step(ids[start : start + self.config.chunk])
+            self._memory.act()
 
     @torch.inference_mode()
     def _step(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        started = perf_counter()
         given = torch.tensor([ids], device=self.model.device)
-        logits = self.model(given, cache=self._cache, backend=self._backend)[0]
+        logits = self._memory.step(given)
         first = torch.full_like(logits[:1], math.nan) if self._next is None else self._next[None]
         predicted = torch.cat([first, logits[:-1]]).float()
         nats = F.cross_entropy(predicted, given[0], reduction="none")
         self._next = logits[-1].clone()
-        bits = (nats / math.log(2)).cpu()
-        self.config.policy.after_step(self._cache, len(ids), perf_counter() - started)
-        return logits, bits
+        return logits, (nats / math.log(2)).cpu()
 
     def _pieces(self, answer: Answer, draw: Draw) -> Iterator[Piece]:
         while answer.finish_reason is None:
@@ -311,3 +350,4 @@ class Session:
             self._step([token_id])
             ended = answer.finish_reason is not None
             yield Piece(text, answer.completion() if ended else None)
+            self._memory.act()
