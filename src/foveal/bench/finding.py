@@ -16,6 +16,9 @@ from foveal.hardware.timer import Samples
 
 Column = tuple[float | None, ...]
 
+BUSY = "other processes kept the machine busy"
+"""Why a time could not be judged."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:

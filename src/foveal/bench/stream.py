@@ -142,7 +142,7 @@ def measure(
     num_tokens: int,
     settings: Mapping[str, object],
     run: Run,
-    on_step: Callable[[int, Session], object] = lambda tokens, session: None,
+    on_step: Callable[[int], object] = lambda tokens: None,
 ) -> Finding:
     """Stream so many tokens through a session of these settings. `on_step` is told the tokens so
     far. Raises `ArgumentError`, and what `Session` raises."""
@@ -161,7 +161,7 @@ def measure(
             known = bits[~bits.isnan()]
             samples.add(seconds, len(ids), float(known.double().sum()), known.numel())
             done += len(ids)
-            on_step(done, session)
+            on_step(done)
         samples.judge()
         return _finding(samples, session, text, run)
     finally:

@@ -100,7 +100,9 @@ def _words(name: str) -> str:
     """`median_append_s` -> `median append`."""
     for end in UNITS:
         if name.endswith(end):
-            shown = name if end in ("_per_s", "_ratio", "_bits", "_error") else name.removesuffix(end)
+            shown = (
+                name if end in ("_per_s", "_ratio", "_bits", "_error") else name.removesuffix(end)
+            )
             return shown.replace("_", " ")
     return name.replace("_", " ")
 

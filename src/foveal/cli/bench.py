@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from foveal.cli.bench_quality import quality
+from foveal.cli.bench_stream import bursts, stream
 from foveal.core.errors import ArgumentError, ConfigError
 
 bench = typer.Typer(
@@ -16,6 +17,8 @@ bench = typer.Typer(
 )
 
 bench.command()(quality)
+bench.command()(stream)
+bench.command()(bursts)
 
 Some = str | None
 Backends = Annotated[Some, typer.Option("--backend", help="Only these, such as flash,fused.")]
@@ -105,9 +108,10 @@ def plot(
     out: Annotated[Path, typer.Option("-o", "--out", help="png, svg or pdf.")],
     series: Annotated[Some, typer.Option(help="Part of the name of the curve wanted.")] = None,
 ) -> None:
-    """Draw one curve of a file of records: time, memory, speed-up and memory saved.
+    """Draw one curve or table of a file of records.
 
-    Without --series the first one; `foveal bench table` shows their names.
+    Without --series the first one; `foveal bench table` shows their names. Of
+    attention: time, memory, speed-up and memory saved.
 
     Example: foveal bench plot docs/results/attention.jsonl -o out/window.png --series "window 256"
     """

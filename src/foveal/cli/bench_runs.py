@@ -17,11 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from foveal.attention.catalogue import BY_NAME
 from foveal.bench import attention as benchmark
 from foveal.bench import grid as grids
-from foveal.bench import lines, report
+from foveal.bench import lines, report, tables
 from foveal.bench import stability as trials
+from foveal.bench.finding import read_findings
 from foveal.bench.record import Cell, Record, Run, read_records
 from foveal.core.dtypes import parse_dtype
-from foveal.core.errors import ArgumentError, ConfigError
+from foveal.core.errors import ArgumentError, ConfigError, LoadError
 from foveal.hardware import calibrate as calibration
 from foveal.hardware.detect import detect
 from foveal.hardware.peaks import peaks
@@ -106,12 +107,30 @@ def stability(backends: Sequence[str], dtypes: tuple[torch.dtype, ...], as_json:
 
 def draw(file: Path, target: Path, series: str | None) -> None:
     """Draw one series of a file of records."""
-    _draw(read_records(file), target, series)
+    if _are_findings(file):
+        from foveal.bench import pictures
+
+        pictures.draw(read_findings(file), target, series)
+        typer.echo(f"picture: {target}", err=True)
+    else:
+        _draw(read_records(file), target, series)
 
 
 def table(file: Path) -> None:
     """Print a file of records as Markdown."""
-    print(report.markdown(read_records(file)), end="")
+    if _are_findings(file):
+        print(tables.markdown(read_findings(file)), end="")
+    else:
+        print(report.markdown(read_records(file)), end="")
+
+
+def _are_findings(file: Path) -> bool:
+    """Whether a file holds findings, as its first line says."""
+    try:
+        with file.open(encoding="utf-8") as text:
+            return '"subject"' in text.readline()
+    except OSError as error:
+        raise LoadError(f"{file}: {error.strerror}") from error
 
 
 def backends(names: tuple[str, ...], flex: bool) -> tuple[str, ...]:
