@@ -74,9 +74,9 @@ class RecallStats(CacheStats):
     num_retired: int
     """Pages in the tiers."""
     num_forgotten: int
-    """Pages dropped because the tiers were full."""
+    """Pages dropped because the tiers were full, since this cache was made."""
     num_steps: int
-    """Steps in which something was recalled."""
+    """Steps since this cache was made in which there was something to recall."""
     fetched_bytes: int
     """Read from the tiers for them."""
     summary_bytes: int
@@ -124,7 +124,7 @@ class RecallCache:
             clamped=config.clamped,
             ranking=config.ranking,
         )
-        self._num_forgotten = 0
+        self._num_forgotten = self._num_steps = 0
 
     @property
     def length(self) -> int:
@@ -173,7 +173,7 @@ class RecallCache:
             num_growths=0,
             num_retired=len(self._tiers.keys),
             num_forgotten=self._num_forgotten,
-            num_steps=told.num_steps,
+            num_steps=self._num_steps,
             fetched_bytes=told.num_fetched * self._tiers.layout.layer_bytes,
             summary_bytes=self._summaries.nbytes,
             tiers=tiers,
@@ -186,6 +186,7 @@ class RecallCache:
         pushed out of the window retires first."""
         if layer == 0:
             self._retire()
+            self._num_steps += self._summaries.num_used > 0
         hot = self._hot.append(layer, k, v, positions)
         sequences = torch.arange(self._hot.shape.batch, device=hot.table.device)
         return RecallView(hot=hot, recollection=self._recollection, sequences=sequences)

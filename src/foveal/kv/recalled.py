@@ -35,8 +35,6 @@ class Recollection:
     clamped: bool
     """Whether keys stand at their place within the page."""
     ranking: str
-    num_steps: int = 0
-    """In which something was picked."""
     num_fetched: int = 0
     """Pages of one layer each."""
 
@@ -56,7 +54,6 @@ class Recollection:
         ]
         ranked = torch.cat(ranks, dim=1).masked_fill(parts < 0, -torch.inf)
         picked = parts.gather(1, ranked.topk(num_picked, dim=1).indices).sort(dim=1).values
-        self.num_steps += layer == 0
         self.num_fetched += int((picked >= 0).sum())
         return picked
 
