@@ -267,6 +267,8 @@ class DynamicCache:
 
     def _num_saved(self) -> int:
         """Pages that the first window would hold and this cache does not."""
+        if not self.length:
+            return 0  # nor is there a sequence to ask, where a cache is only priced
         missing = 0
         for table, end in zip(self._cache.tables, self.next_positions.tolist(), strict=True):
             first = max(0, end - self._first_window.size + 1) // self._size

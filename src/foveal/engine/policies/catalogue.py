@@ -5,11 +5,12 @@ from dataclasses import asdict
 from typing import Any
 
 from foveal.core.errors import ArgumentError
+from foveal.engine.policies.dynamic import Dynamic
 from foveal.engine.policies.recall import Recall
 from foveal.engine.policies.windowed import Plain, Sinks
 from foveal.engine.policy import Policy
 
-POLICIES: tuple[type[Policy], ...] = (Sinks, Plain, Recall)
+POLICIES: tuple[type[Policy], ...] = (Sinks, Plain, Dynamic, Recall)
 
 
 def find_policy(policy: str | Policy) -> Policy:
