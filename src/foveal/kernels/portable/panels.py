@@ -25,8 +25,9 @@ from foveal.core.errors import ArgumentError
 PANEL = 32
 """Output channels of a panel."""
 _HALF = PANEL // 2
-_CHUNK_BYTES = 1 << 25
-"""Float32 temporaries of encoding and decoding stay below."""
+_CHUNK_BYTES = 1 << 18
+"""Of float32 encoded or decoded at once: larger temporaries take longer, and leave holes in the
+heap between the codes, so that loading would take three times the narrow model's memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
