@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from foveal.bench.finding import Finding
 from foveal.bench.plots import INK, MUTED, RULE
@@ -91,6 +92,14 @@ def style(axes: Any, title: str, unit: str, across: str) -> None:
         side.set_visible(False)
 
 
-def thousands(axis: Any) -> None:
+def in_full(axis: Any) -> None:
     """Write an axis's numbers in full."""
     axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+
+
+def logarithmic(axis: Any, subs: tuple[float, ...] = (1, 2, 5)) -> None:
+    """Make an axis logarithmic, its numbers in full at these multiples of powers of ten."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_minor_locator(NullLocator())
+    in_full(axis)

@@ -4,7 +4,7 @@ A text is fed to a session step by step; beside each step's time stands the shar
 that other processes took meanwhile (`hardware.timer`), and the resident memory of the process after
 it. What is promised of a stream is checked over full steps:
 
-    memory    the most over the least resident, from a tenth of the stream to its end
+    memory    the most resident in each tenth from the second on: the largest over the smallest
     pace      the median time of a step in the last tenth over that in the second tenth
     evenness  p99 over p50 of undisturbed steps, once the window is full
 
@@ -162,6 +162,8 @@ def measure(
             samples.add(seconds, len(ids), float(known.double().sum()), known.numel())
             done += len(ids)
             on_step(done)
+        if not done:
+            raise ArgumentError("file", text.name, "a text of at least one token")
         samples.judge()
         return _finding(samples, session, text, run)
     finally:
@@ -209,25 +211,29 @@ def _values(samples: Samples) -> dict[str, float | None]:
 
 def checks(samples: Samples, kept: int) -> tuple[Check, ...]:
     """What is promised of a stream that keeps so many tokens."""
-    resident = samples.resident[: samples.count][samples.part(0.1, 1.0)]
+    tenths = [samples.part(tenth / 10, (tenth + 1) / 10) for tenth in range(1, 10)]
+    resident = [float(samples.resident[tenth].max(initial=0.0)) for tenth in tenths]
+    low, high = min(resident), max(resident)
     early, late = (samples.quiet(samples.part(*part)) for part in ((0.1, 0.2), (0.9, 1.0)))
     filled = int(np.searchsorted(samples.position, kept))
     steady = samples.quiet(slice(filled + 1, samples.count))
     paced = min(len(early), len(late)) >= FEWEST_STEPS
     even = len(steady) >= FEWEST_FOR_P99
-    fewest = f"undisturbed steps are fewer than {FEWEST_STEPS} in one of the two"
-    memory = f"resident memory from 10 % of the stream on, {format_bytes(resident.min())} at least"
     return (
         Check(
-            what=f"{memory} and {format_bytes(resident.max())} at most: growth",
-            value=float(resident.max() / resident.min() - 1),
+            what=(
+                "most resident memory in each tenth of the stream from the second on, "
+                f"{format_bytes(low)} to {format_bytes(high)}: change"
+            ),
+            value=high / low - 1 if low else None,
             at_most=MEMORY_GROWTH,
+            unless="a tenth has no step",
         ),
         Check(
             what="median time of a step in the last tenth over the second tenth: change",
             value=abs(float(np.median(late) / np.median(early)) - 1) if paced else None,
             at_most=SLOWDOWN,
-            unless=fewest,
+            unless=f"fewer than {FEWEST_STEPS} undisturbed steps in one of the two",
         ),
         Check(
             what=f"p99 over p50 of {len(steady):,} undisturbed steps with a full window",
@@ -250,6 +256,9 @@ def _curve(samples: Samples) -> dict[str, Column]:
         "position": tuple(samples.position[span][-1] for span in spans),
         "resident_bytes": tuple(float(samples.resident[span].max()) for span in spans),
         "token_s": _rounded([_quantile(samples.quiet(span) / size, 0.5) for span in spans]),
+        "token_of_all_s": _rounded(
+            [_quantile(samples.seconds[span] / samples.tokens[span], 0.5) for span in spans]
+        ),
         "token_bits": _rounded(
             [b / n if n else None for b, n in zip(bits, predicted, strict=True)]
         ),

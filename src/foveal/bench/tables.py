@@ -14,6 +14,8 @@ from foveal.bench.report import LEFT, caption, line
 from foveal.core.units import format_bytes, format_count, format_s
 
 Row = list[str]
+WIDE = 10
+"""Columns from which on a table is laid on its side: a finding a column."""
 
 UNITS: dict[str, Callable[[float], str]] = {
     "_per_s": lambda x: f"{format_count(x)}/s",
@@ -39,11 +41,11 @@ def rich_tables(findings: Iterable[Finding]) -> list[Table]:
     """One table for each part and title."""
     tables = []
     for (_, title), members in by_table(findings).items():
+        (names, *body), num_names = grid(members)
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **LEFT)
-        num_names = len(_keys(members, "subject"))
-        for place, name in enumerate(header(members)):
+        for place, name in enumerate(names):
             table.add_column(name, justify="left" if place < num_names else "right")
-        for row in rows(members):
+        for row in body:
             table.add_row(*row)
         tables.append(table)
     return tables
@@ -55,30 +57,25 @@ def markdown(findings: Sequence[Finding]) -> str:
         return "No records.\n"
     parts = []
     for (part, title), members in by_table(findings).items():
-        names, aligned = header(members), ["---"] * len(_keys(members, "subject"))
-        aligned += ["---:"] * (len(names) - len(aligned))
-        table = [line(names), line(aligned), *map(line, rows(members))]
-        parts += [f"### {part}: {title}", "\n".join(table)]
+        (names, *body), num_names = grid(members)
+        aligned = ["---" if place < num_names else "---:" for place in range(len(names))]
+        parts += [f"### {part}: {title}", "\n".join(map(line, [names, aligned, *body]))]
         parts += ["\n".join(f"- {check}" for check in checks(members))] if checks(members) else []
     runs = {f.run.date: caption(f.run) for f in newest(findings)}
     return "\n\n".join([*parts, *runs.values()]) + "\n"
 
 
-def header(members: Sequence[Finding]) -> Row:
-    """The names of the columns, units left out."""
-    return [*_keys(members, "subject"), *map(_words, _keys(members, "values"))]
-
-
-def rows(members: Sequence[Finding]) -> list[Row]:
-    """The table of some findings, under `header`."""
+def grid(members: Sequence[Finding]) -> tuple[list[Row], int]:
+    """A table, its header first, and how many of its columns are names. One with many columns
+    stands on its side."""
     names, figures = _keys(members, "subject"), _keys(members, "values")
-    return [
-        [
-            *(finding.subject.get(name, "") for name in names),
-            *(written(name, finding.values.get(name)) for name in figures),
-        ]
-        for finding in members
-    ]
+    rows = [[*names, *map(_words, figures)]]
+    for finding in members:
+        values = (written(name, finding.values.get(name)) for name in figures)
+        rows.append([*(finding.subject.get(name, "") for name in names), *values])
+    if len(rows[0]) < WIDE or len(rows) > WIDE:
+        return rows, len(names)
+    return [list(column) for column in zip(*rows, strict=True)], 1
 
 
 def checks(members: Iterable[Finding]) -> list[str]:
