@@ -14,18 +14,25 @@ if TYPE_CHECKING:
     from foveal.attention.api import attend, attend_varlen
     from foveal.attention.explain import explain
     from foveal.attention.merge import merge
+    from foveal.attention.paged import attend_paged
     from foveal.attention.spec import Approximation, AttentionSpec, alibi_slopes
     from foveal.attention.trace import trace
     from foveal.core.errors import (
         ArgumentError,
         BudgetExceeded,
+        DriftExceeded,
         FovealError,
         LoadError,
         RequestError,
         Unsupported,
     )
+    from foveal.engine.gate import Tolerance
     from foveal.engine.llm import LLM
+    from foveal.engine.policies.dynamic import Dynamic
+    from foveal.engine.policies.recall import Recall
+    from foveal.engine.policies.windowed import Plain, Sinks
     from foveal.engine.request import SamplingParams
+    from foveal.engine.session import Session
     from foveal.models.load import load_model
     from foveal.models.save import save_model
 
@@ -34,11 +41,18 @@ __version__ = "0.1.0"
 _ROOMS = {
     "LLM": "engine.llm",
     "SamplingParams": "engine.request",
+    "Session": "engine.session",
+    "Tolerance": "engine.gate",
+    "Sinks": "engine.policies.windowed",
+    "Plain": "engine.policies.windowed",
+    "Dynamic": "engine.policies.dynamic",
+    "Recall": "engine.policies.recall",
     "AttentionSpec": "attention.spec",
     "Approximation": "attention.spec",
     "alibi_slopes": "attention.spec",
     "attend": "attention.api",
     "attend_varlen": "attention.api",
+    "attend_paged": "attention.paged",
     "explain": "attention.explain",
     "trace": "attention.trace",
     "merge": "attention.merge",
@@ -48,6 +62,7 @@ _ROOMS = {
     "ArgumentError": "core.errors",
     "Unsupported": "core.errors",
     "BudgetExceeded": "core.errors",
+    "DriftExceeded": "core.errors",
     "LoadError": "core.errors",
     "RequestError": "core.errors",
 }
@@ -58,13 +73,21 @@ __all__ = [
     "ArgumentError",
     "AttentionSpec",
     "BudgetExceeded",
+    "DriftExceeded",
+    "Dynamic",
     "FovealError",
     "LoadError",
+    "Plain",
+    "Recall",
     "RequestError",
     "SamplingParams",
+    "Session",
+    "Sinks",
+    "Tolerance",
     "Unsupported",
     "alibi_slopes",
     "attend",
+    "attend_paged",
     "attend_varlen",
     "explain",
     "load_model",
