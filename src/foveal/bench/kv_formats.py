@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from foveal.attention.spec import AttentionSpec
 from foveal.bench.accuracy import plain
@@ -22,6 +21,8 @@ from foveal.engine.llm import LLM
 from foveal.kv.cache import CacheShape
 from foveal.kv.formats import FORMATS, Format
 from foveal.kv.store import PageStore
+from foveal.models.config import ModelConfig
+from foveal.nn.attention import Attention
 from foveal.nn.rope import Rotation
 
 HEAD_DIMS = (64, 128)
@@ -106,34 +107,32 @@ def heads_of(llm: LLM, ids: Sequence[int]) -> list[Heads]:
     length = min(len(ids), config.max_positions) // PAGE_SIZE * PAGE_SIZE
     if not length:
         raise ConfigError(f"text: got {len(ids)} tokens; accepted: a page of {PAGE_SIZE} or more")
+    attentions = [part for part in model.modules() if isinstance(part, Attention)]
     found: list[torch.Tensor] = []
     hooks = [
-        block.attention.qkv.register_forward_hook(lambda module, given, out: found.append(out))
-        for block in model.blocks
+        attention.qkv.register_forward_hook(lambda module, given, out: found.append(out))
+        for attention in attentions
     ]
     with torch.inference_mode():
         model.hidden(torch.tensor([ids[:length]], device=model.device))
     for hook in hooks:
         hook.remove()
     return [
-        _heads(block, layer, out, llm)
-        for layer, (block, out) in enumerate(zip(model.blocks, found, strict=True))
+        _heads(config, attention, out) for attention, out in zip(attentions, found, strict=True)
     ]
 
 
-def _heads(block: nn.Module, layer: int, qkv: torch.Tensor, llm: LLM) -> Heads:
-    config = llm.model.config
-    sizes = block.attention.sizes  # type: ignore[union-attr]
+def _heads(config: ModelConfig, attention: Attention, qkv: torch.Tensor) -> Heads:
     q, k, v = (
-        part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
-        for part in qkv.split(sizes, dim=-1)
+        part.reshape(*part.shape[:2], -1, config.head_dim).transpose(1, 2)
+        for part in torch.split(qkv, attention.sizes, dim=-1)
     )
-    rope = config.rotary(layer)
+    rope = config.rotary(attention.layer)
     assert rope is not None
     positions = torch.arange(qkv.shape[1], device=qkv.device).unsqueeze(0)
     rotation = Rotation.at(rope, positions, 0, qkv.dtype)
     q, k = rotation.apply(q), rotation.apply(k)
-    return Heads(config.spec(layer), q.double(), k.double(), v.double())
+    return Heads(attention.spec, q.double(), k.double(), v.double())
 
 
 def _error(layer: Heads, exact: torch.Tensor, format: Format) -> tuple[float, float]:
@@ -146,5 +145,5 @@ def _error(layer: Heads, exact: torch.Tensor, format: Format) -> tuple[float, fl
 
 def _stored(x: torch.Tensor, format: Format) -> torch.Tensor:
     """[1, Hkv, T, D] as it is read back from pages of this format."""
-    pages = x.float().unflatten(2, (-1, PAGE_SIZE))
+    pages = x.float().reshape(*x.shape[:2], -1, PAGE_SIZE, x.shape[3])
     return format.decode(format.encode(pages), torch.float32).flatten(2, 3).double()
