@@ -69,6 +69,8 @@ def test_what_is_written_is_read_layer_by_layer(path: Path) -> None:
         file.page(2)
     file.put(2, page(9), Record((0, 3), 9, ()))
     assert torch.equal(file.page(2), page(9))
+    one, two = file.shown(2), file.shown(2)
+    assert torch.equal(one, page(9)) and one.data_ptr() == two.data_ptr(), "mapped, not copied"
 
 
 def test_a_file_is_taken_up_again(path: Path) -> None:
@@ -101,6 +103,8 @@ def test_damage_while_in_use_is_reported_and_never_served(path: Path) -> None:
     alter(path, start_of(4) - 1)
     with pytest.raises(LoadError, match=rf"{path}: layer 2 of part 13 of sequence 0 is damaged"):
         file.page(3)
+    with pytest.raises(LoadError, match="layer 2 of part 13"):
+        file.shown(3)
     out = torch.empty(1, LAYOUT.layer_bytes, dtype=torch.uint8)
     file.load(1, [3], out)  # its other layers are as they were
     assert torch.equal(out[0], page(3)[1])

@@ -13,7 +13,7 @@ from foveal.core.errors import ArgumentError, OutOfPages
 from foveal.kv.arena import Arena
 from foveal.kv.cache import CacheShape
 from foveal.kv.formats import parse_format
-from foveal.kv.frozen import Key
+from foveal.kv.layout import Key
 from foveal.kv.store import PageStore
 from foveal.kv.tiers import TierConfig, Tiers
 from properties import examples

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from foveal.kv.frozen import Key
+from foveal.kv.layout import Key
 from foveal.kv.paged import PagedCache
 
 

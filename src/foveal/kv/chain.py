@@ -20,7 +20,8 @@ import torch
 
 from foveal.core.errors import LoadError, OutOfPages
 from foveal.kv.arena import Arena
-from foveal.kv.frozen import Key, Record
+from foveal.kv.frozen import FrozenFile, Record
+from foveal.kv.layout import Key
 from foveal.kv.shelf import Page, Shelf
 
 _AHEAD = 2
@@ -119,7 +120,8 @@ class Chain:
 
     def prefetch(self, layer: int, pages: Sequence[Page]) -> None:
         """Begin to read pages of one layer if they are slow, for a `read` of just these."""
-        if any(self.shelves[page.level].is_slow(self._device) for page in pages):
+        levels = {page.level for page in pages}
+        if any(self.shelves[level].is_slow(self._device) for level in levels):
             done = self._mover.submit(self._load_ahead, layer, pages)
             self._ahead.append(_Tile(layer, pages, done))
 
@@ -134,8 +136,9 @@ class Chain:
         self._mover.submit(lambda: None).result()
 
     def whole(self, page: Page) -> torch.Tensor:
-        """All of a page, uint8 [L, R]; valid while nothing moves. Raises `LoadError`."""
-        return self.shelves[page.level].place.page(page.slot)
+        """All of a page, uint8 [L, R], where it lies; while nothing moves. Raises `LoadError`."""
+        place = self.shelves[page.level].place
+        return place.shown(page.slot) if isinstance(place, FrozenFile) else place.page(page.slot)
 
     def close(self) -> None:
         """One user less. The last one ends the thread, once it has done what it was told, and

@@ -20,6 +20,7 @@ import mmap
 import os
 import struct
 import tempfile
+import warnings
 import weakref
 import zlib
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ import numpy.typing as npt
 import torch
 
 from foveal.core.errors import ArgumentError, LoadError, OutOfPages
-from foveal.kv.layout import PageLayout
+from foveal.kv.layout import Key, PageLayout
 
 _VERSION = 1
 _HEADER_BYTES = 4096
@@ -39,9 +40,6 @@ _ALIGNMENT = 64
 _FACTS = struct.Struct("<4sqqQ")
 """Of a record: mark, row, part, serial number."""
 _MARK = b"page"
-
-Key = tuple[int, int]
-"""Row of the batch, and part of the sequence (position // S)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,19 +122,11 @@ class FrozenFile:
         """Copy one layer of these records to `out`, uint8 [n, R] on the CPU. Raises `LoadError`
         for what is not as it was written."""
         size = self._layout.layer_bytes
-        offset = self._payload_start + layer * size
         whole = self._mapped(max(slots) + 1)
         for slot, target in zip(slots, out.numpy(), strict=True):
-            record = self.records.get(slot)
-            if record is None:
-                raise LoadError(f"{self.name}: record {slot} has been erased")
-            start = self._start(slot) + offset
+            start = self._start(slot) + self._payload_start + layer * size
             np.copyto(target, whole[start : start + size])
-            if zlib.crc32(target) != record.checksums[layer]:
-                raise LoadError(
-                    f"{self.name}: layer {layer} of part {record.key[1]} of sequence "
-                    f"{record.key[0]} is damaged: it is not what was written"
-                )
+            self._verify(slot, layer, target)
 
     def page(self, slot: int) -> torch.Tensor:
         """A copy of a whole record, uint8 [L, R]. Raises as `load`."""
@@ -144,6 +134,18 @@ class FrozenFile:
         for layer, target in enumerate(out):
             self.load(layer, [slot], target)
         return out.squeeze(1)
+
+    def shown(self, slot: int) -> torch.Tensor:
+        """A whole record as it lies in the file, uint8 [L, R], mapped and not to be written. Raises
+        as `load`."""
+        start = self._start(slot) + self._payload_start
+        payload = self._mapped(slot + 1)[start : start + self._layout.page_bytes]
+        layers = payload.reshape(self._layout.num_layers, -1)
+        for layer, stored in enumerate(layers):
+            self._verify(slot, layer, stored)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch has no tensors that cannot be written
+            return torch.from_numpy(layers)
 
     def erase(self, slot: int) -> None:
         """Forget a record."""
@@ -192,6 +194,16 @@ class FrozenFile:
             if facts.get(key) != expected[key]:
                 return f"{self.name}: {what} {facts.get(key)}; accepted: {expected[key]}"
         return f"{self.name}: its header is damaged"
+
+    def _verify(self, slot: int, layer: int, stored: npt.NDArray[np.uint8]) -> None:
+        record = self.records.get(slot)
+        if record is None:
+            raise LoadError(f"{self.name}: record {slot} has been erased")
+        if zlib.crc32(stored.data) != record.checksums[layer]:
+            raise LoadError(
+                f"{self.name}: layer {layer} of part {record.key[1]} of sequence "
+                f"{record.key[0]} is damaged: it is not what was written"
+            )
 
     def _facts(self, record: Record) -> bytes:
         facts = _FACTS.pack(_MARK, *record.key, record.serial)

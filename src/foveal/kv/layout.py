@@ -15,6 +15,9 @@ from foveal.kv.cache import CacheShape
 from foveal.kv.formats import Stored, parse_format
 from foveal.kv.store import KeyValue, PageStore
 
+Key = tuple[int, int]
+"""Of a page: row of the batch, and part of the sequence (position // S)."""
+
 _ALIGNMENT = 64
 """Bytes: a cache line, and a multiple of every element's size."""
 
@@ -75,13 +78,20 @@ class PageLayout:
                 accepted = f"{ours.name}, or full precision: a page is quantised once"
                 raise ArgumentError("store", theirs.name, accepted)
 
-    def encode(self, store: PageStore, layer: int, pages: torch.Tensor, out: torch.Tensor) -> None:
-        """Write one layer of n pages of a store to records, uint8 [n, R]."""
+    def encode(self, store: PageStore, pages: torch.Tensor, out: torch.Tensor) -> None:
+        """Write n pages of a store to records, uint8 [L, n, R]; all layers at once, because a page
+        is small and few come together."""
         with store.arena.frame():
-            given = zip(store.select(layer, pages), store.formats, strict=True)
-            for (stored, theirs), ours, mine in zip(
-                given, self.formats, self._tensors(out), strict=True
+            layers = [store.select(layer, pages) for layer in range(self.num_layers)]
+            for given, theirs, ours, mine in zip(
+                zip(*layers, strict=True),
+                store.formats,
+                self.formats,
+                self._tensors(out),
+                strict=True,
             ):
+                parts = zip(*(stored.tensors for stored in given), strict=True)
+                stored = Stored(*(torch.stack(part) for part in parts))
                 coded = stored if theirs == ours else ours.encode(stored.codes)
                 for target, source in zip(mine.tensors, coded.tensors, strict=True):
                     target.copy_(source)
@@ -97,14 +107,15 @@ class PageLayout:
         return keys, values
 
     def _tensors(self, records: torch.Tensor) -> tuple[Stored, Stored]:
-        """Keys and values [Hkv, n, S, ...] as they lie in the records."""
+        """Keys and values [..., Hkv, n, S, ...] as they lie in records [..., n, R]."""
+        lead = records.shape[:-1]
         keys, values = (
             Stored(
                 *(
-                    records[:, part.start : part.stop]
+                    records[..., part.start : part.stop]
                     .view(part.dtype)
-                    .view(len(records), *part.shape)
-                    .transpose(0, 1)
+                    .view(*lead, *part.shape)
+                    .transpose(-4, -3)
                     for part in stored
                 )
             )

@@ -14,6 +14,7 @@ from typing import Self
 import torch
 
 from foveal.core.errors import ArgumentError, FovealError
+from foveal.kv.age import old_parts, passed_parts
 from foveal.kv.cache import CacheShape, CacheStats, JoinedView, Window
 from foveal.kv.paged import PagedCache, keep, put_back
 from foveal.kv.slots import Slots
@@ -156,14 +157,7 @@ class QuantisedCache:
     def _encode(self) -> None:
         """Move every page that has become old."""
         size, source = self.store.page_size, self._recent.store
-        sinks = 0 if self.window is None else self.window.sinks
-        ends = self.next_positions.tolist()
-        due = [
-            (row, part)
-            for row, (table, end) in enumerate(zip(self._recent.tables, ends, strict=True))
-            for part in table.pages
-            if part * size >= sinks and (part + 1) * size <= end - self.num_recent
-        ][: self.store.pool.num_available]
+        due = old_parts(self._recent, self.num_recent)[: self.store.pool.num_available]
         if not due:
             return
         wide = torch.tensor([self._recent.tables[row].pages[part] for row, part in due])
@@ -179,15 +173,9 @@ class QuantisedCache:
 
     def _evict(self) -> None:
         """Give up pages that the window has passed."""
-        if self.window is None:
-            return
-        size = self.store.page_size
-        for row, end in enumerate(self.next_positions.tolist()):
-            first, pages = end - self.window.size + 1, self._old[row]
-            for part in [part for part in pages if (part + 1) * size <= first]:
-                self.store.pool.release([pages.pop(part)])
-                table = self._recent.tables[row]
-                table.evicted = max(table.evicted, (part + 1) * size)
+        keys = [(row, part) for row, pages in enumerate(self._old) for part in pages]
+        for row, part in passed_parts(self._recent, keys):
+            self.store.pool.release([self._old[row].pop(part)])
 
     def _decode(self, row: int, part: int) -> None:
         """Move a page back to the recent part, rounded as it is."""

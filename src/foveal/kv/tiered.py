@@ -16,7 +16,7 @@ import torch
 from foveal.core.errors import ArgumentError, FovealError, OutOfPages
 from foveal.kv.age import old_parts, passed_parts
 from foveal.kv.cache import CacheShape, CacheStats, KVView, Sight, Window
-from foveal.kv.frozen import Key
+from foveal.kv.layout import Key
 from foveal.kv.paged import PagedCache
 from foveal.kv.slots import Slots
 from foveal.kv.store import TILE_TOKENS, PagedView

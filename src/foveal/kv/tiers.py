@@ -27,8 +27,8 @@ from foveal.core.errors import ArgumentError, OutOfPages
 from foveal.kv.arena import Arena
 from foveal.kv.cache import CacheShape
 from foveal.kv.chain import Chain
-from foveal.kv.frozen import FrozenFile, Key, record_bytes
-from foveal.kv.layout import PageLayout
+from foveal.kv.frozen import FrozenFile, record_bytes
+from foveal.kv.layout import Key, PageLayout
 from foveal.kv.shelf import Memory, Page, Shelf, TierStats
 from foveal.kv.store import KeyValue, PageStore
 
@@ -168,8 +168,7 @@ class Tiers:
         with self.arena.frame():
             shape = (self.layout.num_layers, len(keys), self.layout.layer_bytes)
             records = self.arena.take(shape, torch.uint8)
-            for layer, out in enumerate(records):
-                self.layout.encode(store, layer, index, out)
+            self.layout.encode(store, index, records)
             forgotten: list[Key] = []
             try:
                 for i, key in enumerate(keys):
