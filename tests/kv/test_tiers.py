@@ -127,6 +127,15 @@ def test_counts() -> None:
     assert tiers.disk_bytes > 2 * tiers.page_bytes
 
 
+def test_what_is_read_stays_near_and_the_least_recently_used_sinks(store: PageStore) -> None:
+    tiers = three(4, 2, 20)
+    tiers.retire(KEYS[:3], store, range(3))
+    check(tiers, store, KEYS[:1], 0)
+    tiers.retire(KEYS[3:4], store, [3])
+    tiers.settle()
+    assert [tiers._pages[key].level for key in KEYS[:4]] == [0, 1, 0, 0]
+
+
 def test_promotion_exchanges_pages_even_where_all_is_full() -> None:
     store = filled("float32")
     tiers = three(3, 2, 3, forget=True)

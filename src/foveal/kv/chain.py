@@ -105,17 +105,14 @@ class Chain:
     def read(self, layer: int, pages: Sequence[Page], arena: Arena) -> torch.Tensor:
         """One layer of pages, uint8 [n, R] on the device, in the arena unless it was read ahead;
         until the second call of `prefetch` from now. Raises `LoadError`."""
-        out = self._from_ahead(layer, pages)
-        if out is None:
-            out = arena.take((len(pages), self._layer_bytes), torch.uint8)
-            with self._lock:
+        start, out = perf_counter(), self._from_ahead(layer, pages)
+        ahead = out is not None
+        out = arena.take((len(pages), self._layer_bytes), torch.uint8) if out is None else out
+        with self._lock:
+            if not ahead:
                 self._gather(layer, pages, out)
                 self._mark()
-        with self._lock:
-            for page in pages:
-                for shelf in self.shelves[: page.level]:
-                    shelf.misses += 1
-                self.shelves[page.level].use(page)
+            self._count(pages, perf_counter() - start)
         return out
 
     def prefetch(self, layer: int, pages: Sequence[Page]) -> None:
@@ -217,12 +214,8 @@ class Chain:
         serials = [page.record.serial for page in pages]
         for tile in self._ahead:
             if tile.layer == layer and tile.serials == serials:
-                start = perf_counter()
                 with suppress(LoadError):  # told when it is read again
                     out = tile.done.result()
-                    self.shelves[max(page.level for page in pages)].waited_s += (
-                        perf_counter() - start
-                    )
                     if self._on_cuda:
                         out.record_stream(torch.cuda.current_stream(self._device))
                     return out
@@ -234,7 +227,7 @@ class Chain:
             here = [i for i, page in enumerate(pages) if page.level == level]
             if not here:
                 continue
-            start, slots = perf_counter(), [pages[i].slot for i in here]
+            slots = [pages[i].slot for i in here]
             if len(here) == len(pages) and shelf.place.device == self._device:
                 shelf.place.load(layer, slots, out)
             else:
@@ -245,7 +238,14 @@ class Chain:
                 shelf.place.load(layer, slots, part)
                 index = torch.tensor(here, device=self._device)
                 out[index] = part.to(self._device, non_blocking=True)
-            shelf.waited_s += perf_counter() - start
+
+    def _count(self, pages: Sequence[Page], waited_s: float) -> None:
+        """Count a read; its time goes to the slowest tier in it."""
+        for page in pages:
+            for shelf in self.shelves[: page.level]:
+                shelf.misses += 1
+            self.shelves[page.level].use(page)
+        self.shelves[max(page.level for page in pages)].waited_s += waited_s
 
     @contextmanager
     def _aside(self) -> Iterator[None]:

@@ -28,8 +28,8 @@ class TierStats:
     moved_bytes: int
     """What came with them."""
     waited_s: float
-    """Time that readers and writers stood still for this tier: on reads from it that were not done
-    ahead, and on the making of room in it."""
+    """Time that reads took of which this was the slowest tier, and that pages waited to enter it.
+    What was read ahead by then takes none."""
 
 
 class Place(Protocol):
