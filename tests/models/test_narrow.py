@@ -1,4 +1,4 @@
-"""Models with narrow weights: in every format, the float32 model of what these weights stand for."""
+"""Models with narrow weights: the float32 model of what these weights stand for."""
 
 import json
 import threading

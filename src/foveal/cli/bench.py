@@ -8,6 +8,7 @@ import typer
 
 from foveal.cli.bench_quality import quality
 from foveal.cli.bench_stream import bursts, stream
+from foveal.cli.bench_weights import weights
 from foveal.core.errors import ArgumentError, ConfigError
 
 bench = typer.Typer(
@@ -19,6 +20,7 @@ bench = typer.Typer(
 bench.command()(quality)
 bench.command()(stream)
 bench.command()(bursts)
+bench.command()(weights)
 
 Some = str | None
 Backends = Annotated[Some, typer.Option("--backend", help="Only these, such as flash,fused.")]
