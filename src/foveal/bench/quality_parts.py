@@ -4,7 +4,7 @@
     policies   policies and windows far beyond it, against full attention and recomputed windows
     sinks      how many first tokens are worth keeping, against the recomputed window
     precision  storage formats within the context, against full attention in the model's dtype
-    recall     random strings told once and asked for after a distance
+    recall     random strings told once and asked for after a distance, by the larger windows
     mass       the share of attention that goes to the first tokens
 
 Each part reads passages of its own choice from one text and yields its findings when all of them
@@ -30,10 +30,13 @@ from foveal.kv.formats import FORMATS
 
 BENCHMARK = "quality"
 PARTS = ("context", "policies", "sinks", "precision", "recall", "mass")
-STEP_TOKENS = 256
-"""Read at once."""
-PRECISE_STEP_TOKENS = 32
-"""Read at once where storage is measured: what this step computes may not be stored yet."""
+STEP_TOKENS = 64
+"""Read at once: few enough for policies that look about on some steps only."""
+ROW_STEP_TOKENS = 32
+"""The same within the context. What a step computes may not be stored yet when it is seen."""
+ROWS_SHARE = 2
+"""Rows read one token for so many of the passages beyond the context: their differences from the
+reference are taken token by token and need fewer."""
 MASS_PASSAGES = 16
 
 Progress = Callable[[str, int], Callable[[], object]]
@@ -68,6 +71,11 @@ class Bench:
     run: Run
     progress: Progress
 
+    def __post_init__(self) -> None:
+        if self.settings.length <= self.context:
+            accepted = f"more than the model's context of {self.context}"
+            raise ArgumentError("length", self.settings.length, accepted)
+
     def measure(self, part: str) -> Iterator[Finding]:
         """The findings of one part."""
         parts: Mapping[str, Callable[[], Iterator[Finding]]] = {
@@ -87,8 +95,8 @@ class Bench:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Those asked for, else an eighth, half and all of the context."""
-        return self.settings.windows or (self.context // 8, self.context // 2, self.context)
+        """Those asked for, else a quarter, half and all of the context."""
+        return self.settings.windows or (self.context // 4, self.context // 2, self.context)
 
     def candidate(self, policy: str, span: int, sinks: int = 0, kv: str = "") -> Candidate:
         """In the model's dtype unless told otherwise."""
@@ -97,7 +105,7 @@ class Bench:
 
     def _context(self) -> Iterator[Finding]:
         windows = [window for window in self.windows if window < self.context]
-        yield from self._scored("context", self._of_policies(windows), self._rows(STEP_TOKENS))
+        yield from self._scored("context", self._of_policies(windows), self._rows())
 
     def _policies(self) -> Iterator[Finding]:
         yield from self._scored("policies", self._of_policies(self.windows), self._passages())
@@ -105,7 +113,7 @@ class Bench:
     def _sinks(self) -> Iterator[Finding]:
         candidates = [
             self.candidate("sinks", window, sinks)
-            for window in sorted({min(self.windows), max(self.windows)})
+            for window in self.settings.windows or (self.context // 8, self.context)
             for sinks in self.settings.sinks
             if 2 * sinks <= window
         ]
@@ -115,7 +123,7 @@ class Bench:
         own = dtype_name(self.llm.model.dtype)
         formats = self.settings.kv or tuple(format.name for format in FORMATS)
         candidates = [self.candidate(FULL, self.context, kv=kv) for kv in formats if kv != own]
-        yield from self._scored("precision", candidates, self._rows(PRECISE_STEP_TOKENS))
+        yield from self._scored("precision", candidates, self._rows())
 
     def _recall(self) -> Iterator[Finding]:
         settings, source = self.settings, self.source
@@ -123,8 +131,8 @@ class Bench:
         planned = plan(tokenizer, source.ids, source.begin, settings.distances, settings.facts)
         chance = f"{planned.chance:.2f} bits per token if only the alphabet were known"
         title = f"{source.name}: {settings.facts} random strings, asked for once; {chance}"
-        full = self.candidate(FULL, len(planned.ids) + self.context)
-        for candidate in (full, *self._of_policies([self.context])):
+        full = self.candidate(FULL, len(planned.ids) + STEP_TOKENS)
+        for candidate in (full, *self._of_policies(self.windows[-2:])):
             try:
                 reader = StreamReader(self.llm, candidate)
             except Refusal as refusal:
@@ -139,7 +147,7 @@ class Bench:
                 yield self._finding("recall", title, subject, recalled.values)
 
     def _mass(self) -> Iterator[Finding]:
-        reading = self._rows(STEP_TOKENS)
+        reading = self._rows()
         rows = reading.passages[:MASS_PASSAGES]
         for opened in (True, False):
             start = 0 if opened else len(self.source.begin)
@@ -160,16 +168,13 @@ class Bench:
             for name in names
         ]
 
-    def _rows(self, step_tokens: int) -> Reading:
+    def _rows(self) -> Reading:
         """Rows as long as the context; the second half of each is scored."""
-        passages = self.source.passages(self.context + 1, self.settings.tokens)
-        return Reading(passages=passages, first=self.context // 2, step_tokens=step_tokens)
+        passages = self.source.passages(self.context + 1, self.settings.tokens // ROWS_SHARE)
+        return Reading(passages=passages, first=self.context // 2, step_tokens=ROW_STEP_TOKENS)
 
     def _passages(self) -> Reading:
         """Passages far longer than the context; all beyond it is scored."""
-        if self.settings.length <= self.context:
-            accepted = f"more than the model's context of {self.context}"
-            raise ArgumentError("length", self.settings.length, accepted)
         passages = self.source.passages(self.settings.length + 1, self.settings.tokens)
         return Reading(passages=passages, first=self.context, step_tokens=STEP_TOKENS)
 

@@ -5,9 +5,9 @@ Assignments of random strings to fresh names are planted in a text, in lines of 
     key_xqjw = "mB4kT0pRw2ZcQ9dL"
 
 and so many tokens later the stream is forked and asked: `key_xqjw = "`, then the string again, one
-token at a time as in generation; the stream itself goes on without the question. A random string
-can be foreseen only by copying it, so its bits per token say what is left of it in memory: the
-same question with a string that was never told is the yardstick.
+token at a time as in generation where steps matter to what is seen; the stream itself goes on
+without the question. A random string can be foreseen only by copying it, so its bits per token say
+what is left of it in memory: the same question with a string that was never told is the yardstick.
 """
 
 import math
@@ -17,6 +17,8 @@ import string
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from foveal.bench.quality import Recalled, mean_of
 from foveal.core.errors import ArgumentError
@@ -128,14 +130,14 @@ def remember(
 def _ask(session: Session, asked: Sequence[int], answer: Sequence[int]) -> Answer:
     """How well the answer is foreseen, on a fork of the stream."""
     fork = session.fork()
-    fork.feed(asked)
-    bits, hits = 0.0, 0
-    for token in answer:
-        assert fork.next_logits is not None
-        hits += int(fork.next_logits.argmax()) == token
-        bits += float(fork.feed([token]).sum())
+    steps = [[*asked], *([token] for token in answer[:-1])]
+    if not session.config.policy.shared_steps:
+        steps = [[*asked, *answer[:-1]]]
+    log_p = torch.cat([fork.logits(step) for step in steps])[-len(answer) :].float().log_softmax(-1)
     fork.close()
-    return Answer(bits / len(answer), hits / len(answer))
+    given = torch.tensor(answer, device=log_p.device)
+    bits = -log_p.gather(1, given.unsqueeze(1)).mean() / math.log(2)
+    return Answer(float(bits), float((log_p.argmax(-1) == given).float().mean()))
 
 
 def _fact(tokenizer: Tokenizer, rng: random.Random) -> Fact:
