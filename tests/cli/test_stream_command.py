@@ -118,6 +118,8 @@ def test_standard_input(model: str) -> None:
     command = [sys.executable, "-c", program, "stream", "-", "--model", model, "--json"]
     result = subprocess.run(command, input=LINE.encode() * 5, capture_output=True, check=True)
     assert json.loads(result.stdout)["stream"]["tokens"] == len(LINE.encode()) * 5 + 1
+    piped = result.stdout + result.stderr
+    assert not any(byte < 32 and byte != 10 for byte in piped), "no control characters in pipes"
 
 
 def test_text_that_is_not_utf8_says_where_and_loses_nothing(model: str, tmp_path: Path) -> None:
@@ -141,14 +143,15 @@ def test_a_report_is_one_page_with_three_curves(model: str, text: Path, tmp_path
 
 def test_what_cannot_be_is_refused(model: str, text: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    run(text, "--model", model, "--window", 40, "--limit", 10, "--save-state", state)
+    run(text, "--model", model, "--window", 40, "--limit", 100, "--save-state", state)
     for arguments, error, message in (
         ((tmp_path / "none",), ArgumentError, "FILE: got .* a file that can be read"),
         ((text, "--memory", "1KiB"), BudgetExceeded, "budget 1,024 bytes"),
         ((text, "--memory", "much"), ArgumentError, "memory: got 'much'"),
         ((text, "--policy", "window", "--sinks", 2), ArgumentError, "sinks: got 2"),
         ((text, "--window", 2), ArgumentError, "sinks: got 4; accepted: .* window of 2"),
-        ((text, "--load-state", state, "--window", 9), ArgumentError, "load-state: got --window"),
+        ((text, "--load-state", state, "--sinks", 2), ArgumentError, "load-state: got --sinks"),
+        ((text, "--load-state", state, "--window", 90), ArgumentError, "has forgotten it"),
         ((text, "--load-state", text), LoadError, "is not the whole state"),
         (("-", "--offset", 3), ArgumentError, "offset: got 3"),
         ((text, "--report", tmp_path / "no" / "out.html"), ArgumentError, "report: got"),

@@ -1,9 +1,9 @@
 """One run of `foveal stream`: the loop, its progress bar, and what is said of it afterwards."""
 
-import importlib.util
 import io
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -13,14 +13,17 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from foveal.core.errors import ArgumentError
+from foveal.core.errors import ArgumentError, FovealError
 from foveal.core.files import write_text
 from foveal.core.signals import interruptible
 from foveal.core.units import format_bytes, format_s
 from foveal.engine.llm import LLM
 from foveal.engine.session import Session
 from foveal.engine.trail import Point, Trail
-from foveal.text.blocks import read_blocks
+from foveal.text.blocks import Block, read_blocks
+
+_BAR_WIDTH = 18
+"""Columns for the bar and the time that is left."""
 
 
 @dataclass(slots=True)
@@ -32,20 +35,24 @@ class Result:
     """Where to go on in the file; None where a limit ended the run within a block."""
     stopped: bool = False
     """By Ctrl-C."""
-    failure: ArgumentError | None = None
-    """What ended the reading early: the text is not UTF-8."""
+    failure: FovealError | None = None
+    """What ended the reading early: the text is not UTF-8, or a tolerance was exceeded."""
 
 
 def heading(session: Session) -> str:
     """What is remembered, and what that takes."""
     config, need = session.config, session.need
     policy = config.policy
-    disk = f", up to {format_bytes(need.disk_bytes)} on disk" if need.disk_bytes else ""
+    beside = f", up to {format_bytes(need.disk_bytes)} on disk" if need.disk_bytes else ""
+    if need.reference_bytes:
+        beside += f", a reference of {format_bytes(need.reference_bytes)}"
+    elif config.tolerance is not None:
+        beside += f"; {config.kv} rounds nothing here, so there is nothing to measure"
     return (
         f"policy {policy.name} keeps {policy.keeps} and costs {policy.costs}\n"
         f"{config.sinks} sinks, window {config.window}, in {config.kv}: "
         f"cache {format_bytes(need.cache_bytes)}, a step of {config.chunk} tokens about "
-        f"{format_bytes(need.step_bytes)} (estimate){disk}"
+        f"{format_bytes(need.step_bytes)} (estimate){beside}"
     )
 
 
@@ -59,31 +66,47 @@ def read(
     console: Console,
 ) -> Result:
     """Feed the source from here to its end, to the limit, or until Ctrl-C."""
-    chunk, left = session.config.chunk, limit or math.inf
-    result = Result(Trail(chunk), offset)
+    result = Result(Trail(session.config.chunk), offset)
     with interruptible() as stop, _Monitor(session, source, offset, console) as monitor:
+        blocks = read_blocks(source, stop.is_set, start=offset)
         pending = session.opening
         try:
-            for block in read_blocks(source, stop.is_set, start=offset):
-                pending += llm.tokenizer.encode(block.text, special=False)
-                result.next_byte = block.end
-                while len(pending) >= chunk and left >= chunk:
-                    left -= chunk
-                    _step(session, pending[:chunk], result.trail)
-                    del pending[:chunk]
-                    monitor.show(result)
-                if len(pending) >= left:
-                    break
-        except ArgumentError as error:
-            result.failure = error
-        if len(pending) > left:
-            del pending[int(left) :]
-            result.next_byte = None
-        for at in range(0, len(pending), chunk):
-            _step(session, pending[at : at + chunk], result.trail)
-        monitor.show(result)
+            for ids in _steps(blocks, llm, pending, session.config.chunk, limit, result):
+                _step(session, ids, result.trail)
+                monitor.show(result)
+        except FovealError as error:
+            result.failure, result.next_byte = error, None
         result.stopped = stop.is_set()
     return result
+
+
+def _steps(
+    blocks: Iterator[Block],
+    llm: LLM,
+    pending: list[int],
+    chunk: int,
+    limit: int | None,
+    result: Result,
+) -> Iterator[list[int]]:
+    """The tokens to feed, step by step. Text that is not UTF-8 ends them, and is noted."""
+    left = limit or math.inf
+    try:
+        for block in blocks:
+            pending += llm.tokenizer.encode(block.text, special=False)
+            result.next_byte = block.end
+            while len(pending) >= chunk and left >= chunk:
+                left -= chunk
+                yield pending[:chunk]
+                del pending[:chunk]
+            if len(pending) >= left:
+                break
+    except ArgumentError as error:
+        result.failure = error
+    if len(pending) > left:
+        del pending[int(left) :]
+        result.next_byte = None
+    for at in range(0, len(pending), chunk):
+        yield pending[at : at + chunk]
 
 
 def _step(session: Session, ids: list[int], trail: Trail) -> None:
@@ -103,6 +126,7 @@ class _Monitor:
         total = facts.st_size - offset if facts.st_size else None
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         self._session, self._offset = session, offset
+        self._room = console.width - _BAR_WIDTH
         self._progress = Progress(*columns, console=console)
         self._task = self._progress.add_task("", total=total)
 
@@ -120,10 +144,16 @@ class _Monitor:
             return
         resident = result.trail.points[-1].resident_bytes
         bits = total.bits / max(1, total.num_predicted)
-        line = (
-            f"{total.tokens:,} tokens  {total.tokens / total.seconds:,.0f}/s  {bits:.3f} bits/token"
-            f"  resident {format_bytes(resident)}  cache {self._session.stats.occupancy:.0%}"
-        )
+        facts = [
+            f"{total.tokens:,} tokens",
+            f"{total.tokens / total.seconds:,.0f}/s",
+            f"{bits:.3f} bits/token",
+            f"resident {format_bytes(resident)}",
+            f"cache {self._session.stats.occupancy:.0%}",
+        ]
+        while len("  ".join(facts)) > self._room and len(facts) > 1:
+            facts.pop()  # a narrow terminal shows whole facts, the first ones
+        line = "  ".join(facts)
         done = None if result.next_byte is None else result.next_byte - self._offset
         self._progress.update(self._task, description=line, completed=done)
 
@@ -143,10 +173,13 @@ def document(session: Session, llm: LLM, result: Result, file: str) -> dict[str,
             "cache": asdict(stats.cache),
             "step_bytes_estimate": stats.need.step_bytes,
             "disk_bytes": stats.need.disk_bytes,
+            "reference_bytes": stats.need.reference_bytes,
+            "drift": None if stats.drift is None else asdict(stats.drift),
             "remarks": stats.cache.remarks,
         },
         "next_byte": result.next_byte,
         "stopped": result.stopped,
+        "failure": None if result.failure is None else str(result.failure),
         "curve": result.trail.curve(),
     }
 
@@ -174,19 +207,42 @@ def lines(found: dict[str, Any]) -> list[str]:
     cache = found["stream"]["cache"]
     held, there = format_bytes(cache["used_bytes"]), format_bytes(cache["allocated_bytes"])
     out.append(f"cache: {held} of {there}; {found['stream']['forgotten']:,} tokens forgotten")
-    return out + list(found["stream"]["remarks"])
+    return out + list(found["stream"]["remarks"]) + _drift(found["stream"]["drift"])
 
 
-def check_report(path: Path) -> None:
-    """Refuse, before a long run, a report that could not be drawn or written."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ArgumentError("report", "no matplotlib", "pip install 'foveal[plots]' first")
-    if not path.resolve().parent.is_dir():
-        raise ArgumentError("report", str(path), "a file in a folder that exists")
+def _drift(found: dict[str, Any] | None) -> list[str]:
+    """What the looks of a tolerance found: the last one, and those that something came of."""
+    if found is None:
+        return []
+    looks = found["looks"]
+    if not looks:
+        return ["tolerance: the stream was not looked at"]
+    out = [f"tolerance: looked at {found['num_looks']} times"]
+    for look in looks:
+        if look["outcome"] != "kept" or look is looks[-1]:
+            out.append(
+                f"  at token {look['position']:,} in {look['kv']}: {look['kl_mean']:.3g} nats from "
+                f"the reference, at most {look['kl_max']:.3g}: {look['outcome']}"
+            )
+    return out
 
 
-def write_report(path: Path, found: dict[str, Any]) -> None:
-    """One page that needs nothing beside itself."""
-    from foveal.cli.reading_page import page
+def write(
+    session: Session, found: dict[str, Any], state: Path | None, report: Path | None
+) -> list[FovealError]:
+    """Write state and report, each whether or not the other could be; what could not, and why."""
+    failures: list[FovealError] = []
+    if state is not None:
+        try:
+            session.save(state)
+        except ArgumentError as error:
+            failures.append(error)
+    if report is not None:
+        from foveal.cli.reading_page import page
 
-    write_text(path, page(found, lines(found)))
+        try:
+            write_text(report, page(found, lines(found)))
+        except OSError as error:
+            accepted = f"a file that can be written ({error})"
+            failures.append(ArgumentError("report", str(report), accepted))
+    return failures

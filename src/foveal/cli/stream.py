@@ -1,19 +1,12 @@
 """`foveal stream`: a text of any length through a model, in memory of a fixed size."""
 
 import json
-import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from foveal.cli import sampling
-from foveal.core.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from foveal.engine.llm import LLM
-    from foveal.engine.session import Session
 
 
 def stream(
@@ -26,13 +19,24 @@ def stream(
         int | None, typer.Option(help="First tokens to keep. Default: as the policy says.")
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="What is remembered: sinks (and window), or window.")
+        str | None, typer.Option(help="What is remembered: sinks, window, dynamic or recall.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of the policy, as budget=16MiB; repeatable."),
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Cap on cache and step, beside the weights, as 200MiB.")
     ] = None,
     kv: Annotated[
-        str | None, typer.Option(help="Format of keys and values. Default: the model's dtype.")
+        str | None,
+        typer.Option(help="Format of keys and values, as int8. Default: the model's dtype."),
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Nats that a --kv that rounds may lead the stream astray.")
+    ] = None,
+    on_drift: Annotated[
+        str | None, typer.Option(help="What follows then: refine (more bits; the default) or stop.")
     ] = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens computed at once.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many tokens.")] = None,
@@ -52,31 +56,28 @@ def stream(
 
     Example: foveal stream book.txt --window 508 --sinks 4 --memory 200MiB --save-state book.state
     """
-    from foveal.cli import reading
+    from foveal.cli import opening, reading
     from foveal.cli.answers import NOTES, loading
     from foveal.engine.llm import LLM
 
-    settings = {"window": window, "sinks": sinks, "policy": policy}
-    settings |= {"memory": memory, "kv": kv, "chunk": chunk}
-    if report is not None:
-        reading.check_report(report)
-    with open_source(file, offset) as source:
+    options: dict[str, Any] = {"window": window, "sinks": sinks, "policy": policy, "set": settings}
+    options |= {"memory": memory, "kv": kv, "chunk": chunk}
+    options |= {"tolerance": tolerance, "on_drift": on_drift}
+    opening.check_target("save-state", save_state)
+    opening.check_report(report)
+    with opening.open_source(file, offset) as source:
         with loading(model):
             llm = LLM(model, dtype=dtype, weights=weights, device=device, backend=backend)
-            session = open_session(llm, settings, load_state)
+            session = opening.open_session(llm, options, load_state)
         NOTES.print(reading.heading(session), style="dim", markup=False)
         result = reading.read(session, llm, source, offset=offset, limit=limit, console=NOTES)
-    if save_state is not None:
-        session.save(save_state)
     document = reading.document(session, llm, result, file)
-    if report is not None:
-        reading.write_report(report, document)
-    if result.failure is not None:
-        raise result.failure
-    if as_json:
-        print(json.dumps(document))
-    else:
-        print("\n".join(reading.lines(document)))
+    failures = reading.write(session, document, save_state, report)
+    session.close()
+    print(json.dumps(document) if as_json else "\n".join(reading.lines(document)))
+    for failure in (result.failure, *failures):
+        if failure is not None:
+            raise failure
     if result.stopped:
         if save_state is not None and file != "-":
             NOTES.print(
@@ -85,34 +86,3 @@ def stream(
                 markup=False,
             )
         raise typer.Exit(130)
-
-
-def open_source(file: str, offset: int) -> Any:
-    """The file, unbuffered, at its offset. Raises `ArgumentError`."""
-    if file == "-":
-        if offset:
-            raise ArgumentError("offset", offset, "0 for standard input, which has no places")
-        return os.fdopen(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
-    try:
-        source = Path(file).open("rb", buffering=0)  # noqa: SIM115
-    except OSError as error:
-        raise ArgumentError("FILE", repr(file), f"a file that can be read ({error})") from error
-    if offset:
-        source.seek(offset)
-    return source
-
-
-def open_session(llm: "LLM", settings: dict[str, Any], load_state: Path | None) -> "Session":
-    """A fresh session, or the saved one, whose settings are its own."""
-    from foveal.core.units import parse_bytes
-    from foveal.engine.session import Session
-
-    given = {name: value for name, value in settings.items() if value is not None}
-    if load_state is not None:
-        if given:
-            accepted = f"no --{next(iter(given))}: the saved state has its own"
-            raise ArgumentError("load-state", ", ".join(f"--{name}" for name in given), accepted)
-        return Session.load(load_state, llm)
-    if "memory" in given:
-        given["memory"] = parse_bytes(given["memory"], "memory")
-    return Session(llm, **given)

@@ -24,8 +24,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that replaces it when the block ends without an error.
 
     The file is flushed to disk before the rename, so a reader (or a machine that loses power)
-    sees the old file or the new one, never a part.
+    sees the old file or the new one, never a part. Raises `OSError`; a device is not replaced.
     """
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"{target} is not a file")
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     os.close(handle)
