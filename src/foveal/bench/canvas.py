@@ -12,14 +12,14 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from foveal.bench.finding import Finding
 from foveal.bench.plots import INK, MUTED, RULE
-from foveal.bench.record import describe
+from foveal.bench.record import Run, describe
 from foveal.core.errors import ArgumentError
 from foveal.core.files import atomic_path
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 
-_INCH_OF_HEAD, _INCH_OF_FOOT = 1.05, 0.5
+_INCH_OF_HEAD, _INCH_OF_LINE = 1.05, 0.2
 
 
 class Canvas:
@@ -33,18 +33,21 @@ class Canvas:
         rows: int = 1,
         columns: int = 1,
         height: float = 4.0,
+        foot: float = 0.1,
+        note: str = "",
     ) -> None:
-        """`height` is that of a row, in inches. Raises `ArgumentError` for findings of several
+        """`height` is that of a row, `foot` that of the place for a legend, in inches; `note` goes
+        below the title. Raises `ArgumentError` for findings of several
         machines."""
         if len({finding.run.fingerprint for finding in members}) > 1:
             raise ArgumentError("records", "several machines", "records of one machine")
-        tall = rows * height + _INCH_OF_HEAD + _INCH_OF_FOOT
+        tall = rows * height + _INCH_OF_HEAD + foot + (_INCH_OF_LINE if note else 0.0)
         self._figure = Figure(figsize=(11, tall), facecolor="white")
-        rect = (0.01, _INCH_OF_FOOT / tall, 0.98, rows * height / tall)
+        rect = (0.01, foot / tall, 0.98, rows * height / tall)
         self._figure.set_layout_engine("constrained", rect=rect, hspace=0.06, wspace=0.05)
         axes = self._figure.subplots(rows, columns, squeeze=False)
         self.panels: list[Any] = list(axes.flat)
-        self._head(title, members, tall)
+        self._head(title, note, members[-1].run, tall)
 
     def legend(self, axes: Any, **placing: Any) -> None:
         """One legend for all panels, of what one of them shows, at the foot."""
@@ -59,15 +62,21 @@ class Canvas:
             kind = target.suffix.removeprefix(".") or "png"
             self._figure.savefig(temporary, format=kind, dpi=150)
 
-    def _head(self, title: str, members: Sequence[Finding], tall: float) -> None:
-        run = members[-1].run
+    def _head(self, title: str, note: str, run: Run, tall: float) -> None:
         settings = ", ".join(f"{name} {value}" for name, value in run.settings.items())
         lines = [
+            *([note] if note else []),
             describe(run.machine),
             f"{run.date[:10]}, foveal {run.foveal}, commit {run.commit[:10]}; {settings}",
         ]
         self._figure.text(
-            0.02, 1 - 0.3 / tall, title, fontsize=15, fontweight="bold", color=INK, va="center"
+            0.02,
+            1 - 0.3 / tall,
+            title,
+            fontsize=13 if len(title) > 80 else 15,
+            fontweight="bold",
+            color=INK,
+            va="center",
         )
         self._figure.text(
             0.02,

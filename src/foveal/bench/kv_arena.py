@@ -28,6 +28,8 @@ SPEC = AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128, causal=True)
 """One layer of an 8B Llama."""
 PAGE_SIZE = 64
 FORMATS = ("bfloat16", "int8", "int4")
+BUDGET_S = 6.0
+"""For the samples of one format, both ways together."""
 STEADY_CALLS = 20
 """In which allocations and page faults are counted."""
 

@@ -125,7 +125,7 @@ def heads_of(llm: LLM, ids: Sequence[int]) -> list[Heads]:
 def _heads(config: ModelConfig, attention: Attention, qkv: torch.Tensor) -> Heads:
     q, k, v = (
         part.reshape(*part.shape[:2], -1, config.head_dim).transpose(1, 2)
-        for part in torch.split(qkv, attention.sizes, dim=-1)
+        for part in torch.split(qkv, list(attention.sizes), dim=-1)
     )
     rope = config.rotary(attention.layer)
     assert rope is not None

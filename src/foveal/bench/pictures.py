@@ -4,13 +4,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from foveal.bench.finding import Finding
+from foveal.bench.kv_plots import draw_append, draw_formats, draw_memory, draw_tiers
 from foveal.bench.stream_plots import draw_bursts, draw_stream
 from foveal.bench.tables import by_table
 from foveal.core.errors import ArgumentError
 
 Draw = Callable[[Sequence[Finding], Path], None]
 
-PICTURES: dict[str, Draw] = {"stream": draw_stream, "bursts": draw_bursts}
+PICTURES: dict[str, Draw] = {
+    "stream": draw_stream,
+    "bursts": draw_bursts,
+    "append": draw_append,
+    "tiers": draw_tiers,
+    "formats": draw_formats,
+    "memory": draw_memory,
+}
 """By part."""
 
 

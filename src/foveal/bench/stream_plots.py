@@ -18,7 +18,7 @@ SINCE = "seconds from the first arrival"
 
 def draw_stream(members: Sequence[Finding], target: Path) -> None:
     """Streams of one text over position, each in a colour of its own."""
-    canvas = Canvas(members, f"Stream: {members[0].title}", rows=3, height=2.6)
+    canvas = Canvas(members, f"Stream: {members[0].title}", rows=3, height=2.6, foot=0.5)
     memory, pace, bits = canvas.panels
     quiet = all(any(finding.curve["token_s"]) for finding in members)
     time, steps = ("token_s", "undisturbed") if quiet else ("token_of_all_s", "all")

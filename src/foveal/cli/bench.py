@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from foveal.cli.bench_kv import kv
 from foveal.cli.bench_quality import quality
 from foveal.cli.bench_stream import bursts, stream
 from foveal.cli.bench_weights import weights
@@ -20,6 +21,7 @@ bench = typer.Typer(
 bench.command()(quality)
 bench.command()(stream)
 bench.command()(bursts)
+bench.command()(kv)
 bench.command()(weights)
 
 Some = str | None
