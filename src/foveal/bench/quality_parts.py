@@ -152,7 +152,7 @@ class Bench:
         for opened in (True, False):
             start = 0 if opened else len(self.source.begin)
             how = "opened by the begin token" if opened else "begun in the middle"
-            title = f"{self.source.name}: {len(rows)} rows {how}, second half of {self.context}"
+            title = f"{self.source.name}: {how}, {len(rows)} rows, second half of {self.context}"
             given = [row[start:] for row in rows]
             found = masses(self.llm.model, given, reading.first, self.llm.backend)
             for mass in found if opened or self.source.begin else ():

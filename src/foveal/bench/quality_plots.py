@@ -8,20 +8,17 @@ mass                the share of attention that goes to the first tokens, layer 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from foveal.bench.canvas import Canvas, in_full, logarithmic, style
 from foveal.bench.finding import Finding, newest
-from foveal.bench.plots import INK, MUTED, RULE
+from foveal.bench.plots import INK, MUTED
 from foveal.bench.quality import FULL, RECOMPUTE
-from foveal.bench.record import describe
-from foveal.core.files import atomic_path
 
-STYLES = {
+LINES = {
     FULL: ("#222222", ":"),
     RECOMPUTE: ("#6B6B6B", "--"),
     "sinks": ("#0072B2", "-"),
@@ -29,16 +26,18 @@ STYLES = {
     "recall": ("#009E73", "-"),
     "dynamic": ("#CC79A7", "-"),
 }
-"""Colours of Okabe and Ito (2008)."""
-OTHER_STYLE = ("#D55E00", "-")
+"""Colour and dashes of each policy."""
+OTHER_LINE = ("#D55E00", "-")
 NEVER = "never told"
+FOOT = 0.5
+"""Inches for a legend."""
 
 Members = Sequence[Finding]
 
 
 def draw(findings: Sequence[Finding], folder: Path) -> list[Path]:
     """Draw each part of each text that there is; gives the files."""
-    painters: dict[str, Callable[[Members], Figure]] = {
+    painters: dict[str, Callable[[Members, str], Canvas]] = {
         "context": _windows,
         "policies": _positions,
         "sinks": _sinks,
@@ -52,12 +51,9 @@ def draw(findings: Sequence[Finding], folder: Path) -> list[Path]:
         members = [finding for finding in group if finding.values]
         if not members:
             continue
-        figure = painters[part](members)
-        _frame(figure, members[-1], text)
         slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
         target = folder / f"quality-{part}-{slug}.png"
-        with atomic_path(target) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+        painters[part](members, f"{part}: {text}").save(target)
         drawn.append(target)
     return drawn
 
@@ -66,67 +62,69 @@ def _picture(finding: Finding) -> tuple[str, str]:
     return finding.part, finding.title.split(":")[0]
 
 
-def _windows(members: Members) -> Figure:
+def _windows(members: Members, title: str) -> Canvas:
     """Divergence from full attention over the tokens kept."""
-    figure = Figure(figsize=(11, 4.8), facecolor="white")
+    canvas = Canvas(members, title, columns=2, foot=FOOT, note=_note(members))
     panels = {
         "KL to full": "KL divergence from full attention, mean",
-        "KL p99 to full": "the same, 99th percentile",
+        "KL p99 to full": "The same, 99th percentile",
     }
-    for axes, (name, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    for axes, (name, heading) in zip(canvas.panels, panels.items(), strict=True):
         for policy, group in _by(members, "policy").items():
             points = sorted((_span(f), f.values[name]) for f in group if name in f.values)
             if points:
-                axes.plot(*zip(*points, strict=True), **_style(policy), marker="o")
-        _dress(axes, title, "bits", "tokens kept")
+                axes.plot(*zip(*points, strict=True), **_line(policy), marker="o")
+        style(axes, heading, "bits", "tokens kept")
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    return figure
+        in_full(axes.xaxis)
+        logarithmic(axes.yaxis)
+    canvas.legend(canvas.panels[0])
+    return canvas
 
 
-def _positions(members: Members) -> Figure:
+def _positions(members: Members, title: str) -> Canvas:
     """The policies that keep most, over position."""
-    figure = Figure(figsize=(11, 4.8), facecolor="white")
-    whole, close = figure.subplots(1, 2)
+    canvas = Canvas(members, title, columns=2, foot=FOOT, note=_note(members))
+    whole, close = canvas.panels
     largest = max(_span(f) for f in members if f.subject["policy"] != FULL)
     shown = [f for f in members if f.subject["policy"] == FULL or _span(f) == largest]
     (recomputed,) = (f for f in shown if f.subject["policy"] == RECOMPUTE)
     for finding in shown:
         place, bits = finding.curve["position"], finding.curve["bits"]
-        style = _style(finding.subject["policy"])
-        whole.plot(place, bits, **style)
+        line = _line(finding.subject["policy"])
+        whole.plot(place, bits, **line)
         if finding.subject["policy"] not in (FULL, RECOMPUTE):
             pairs = zip(_known(bits), _known(recomputed.curve["bits"]), strict=True)
-            close.plot(place, [ours - theirs for ours, theirs in pairs], **style)
-    _dress(whole, f"{largest} tokens kept", "bits per token", "position")
-    _dress(close, "Beyond recomputing the window", "bits per token", "position")
+            close.plot(place, [ours - theirs for ours, theirs in pairs], **line)
+    style(whole, f"{largest} tokens kept", "bits per token", "position")
+    style(close, "Beyond recomputing the window", "bits per token", "position")
     close.axhline(0, color=MUTED, linewidth=1, linestyle=":")
     for axes in (whole, close):
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    return figure
+        in_full(axes.xaxis)
+    canvas.legend(whole, ncols=6)
+    return canvas
 
 
-def _sinks(members: Members) -> Figure:
+def _sinks(members: Members, title: str) -> Canvas:
     """A panel for each number of tokens kept, because their scales differ."""
-    streams = [f for f in members if f.subject["policy"] == "sinks"]
-    spans = sorted({_span(f) for f in streams})
-    figure = Figure(figsize=(11, 4.8), facecolor="white")
-    panels = figure.subplots(1, len(spans), squeeze=False)[0]
     name = f"more than {RECOMPUTE}"
-    for axes, span in zip(panels, spans, strict=True):
-        group = [f for f in streams if _span(f) == span and name in f.values]
+    streams = [f for f in members if name in f.values]
+    spans = sorted({_span(f) for f in streams})
+    canvas = Canvas(members, title, columns=len(spans), note=_note(members))
+    for axes, span in zip(canvas.panels, spans, strict=True):
+        group = [f for f in streams if _span(f) == span]
         labels = [f.subject["sinks + window"].split(" + ")[0] for f in group]
         values, errors = (_known(f.values[key] for f in group) for key in (name, f"± {name}"))
-        axes.errorbar(labels, values, errors, **_style("sinks"), marker="o", capsize=4)
+        axes.errorbar(labels, values, errors, **_line("sinks"), marker="o", capsize=4)
         axes.axhline(0, color=MUTED, linewidth=1, linestyle=":")
-        _dress(axes, f"{span} tokens kept in all", "bits per token beyond recomputing", "sinks")
-    return figure
+        heading = f"{span} tokens kept in all"
+        style(axes, heading, "bits per token beyond recomputing the window", "of them sinks")
+    return canvas
 
 
-def _precision(members: Members) -> Figure:
-    figure = Figure(figsize=(11, 4.8), facecolor="white")
-    axes = figure.subplots()
+def _precision(members: Members, title: str) -> Canvas:
+    canvas = Canvas(members, title, foot=FOOT, note=_note(members))
+    (axes,) = canvas.panels
     coded = [f for f in members if "KL to full" in f.values]
     names = {"KL to full": "mean", "KL p99 to full": "99th percentile", "KL max to full": "maximum"}
     for shift, (name, label) in enumerate(names.items()):
@@ -135,59 +133,57 @@ def _precision(members: Members) -> Figure:
         colour = ("#0072B2", "#E69F00", "#D55E00")[shift]
         axes.bar(places, heights, width=0.25, label=label, color=colour, zorder=3)
     held = _known(f.values["held_bytes"] for f in coded)
-    labels = [
-        f"{f.subject['stored as']}\n{kept / 2**10:,.0f} KiB"
-        for f, kept in zip(coded, held, strict=True)
-    ]
+    pairs = zip((f.subject["stored as"] for f in coded), held, strict=True)
+    labels = [f"{name}\n{num_bytes / 2**10:,.0f} KiB" for name, num_bytes in pairs]
     axes.set_xticks(range(len(coded)), labels)
-    axes.set_yscale("log")
-    _dress(axes, "KL divergence from full attention", "bits", "keys and values stored as")
-    return figure
+    style(axes, "KL divergence from full attention", "bits", "")
+    logarithmic(axes.yaxis, (1,))
+    canvas.legend(axes)
+    return canvas
 
 
-def _recall(members: Members) -> Figure:
-    figure = Figure(figsize=(11, 4.8), facecolor="white")
-    axes, right = figure.subplots(1, 2)
-    for policy, group in _by(members, "policy").items():
-        told = [f for f in group if f.subject["after"] != NEVER]
-        distances = [int(f.subject["after"]) for f in told]
-        bits, errors, hits = (
-            _known(f.values[name] for f in told)
-            for name in ("bits per token_bits", "± bits per token_bits", "right_share")
-        )
-        axes.errorbar(distances, bits, errors, **_style(policy), marker="o", capsize=3)
-        right.plot(distances, [100 * share for share in hits], **_style(policy), marker="o")
-        fresh = [f.values["bits per token_bits"] for f in group if f.subject["after"] == NEVER]
-        axes.axhline(_known(fresh)[0], color=_style(policy)["color"], linewidth=1, alpha=0.5)
-    _dress(axes, "Random strings (thin: never told)", "bits per token", "tokens since it was told")
-    _dress(right, "Likeliest token is right", "% of the string", "tokens since it was told")
-    for panel in (axes, right):
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    return figure
+def _recall(members: Members, title: str) -> Canvas:
+    """A panel for each number of tokens kept, and full attention in all of them."""
+    spans = sorted({_span(f) for f in members if f.subject["policy"] != FULL})
+    canvas = Canvas(members, title, columns=len(spans), foot=FOOT, note=_note(members))
+    for axes, span in zip(canvas.panels, spans, strict=True):
+        shown = [f for f in members if f.subject["policy"] == FULL or _span(f) == span]
+        for policy, group in _by(shown, "policy").items():
+            told = [f for f in group if f.subject["after"] != NEVER]
+            distances = [int(f.subject["after"]) for f in told]
+            names = ("bits per token_bits", "± bits per token_bits")
+            bits, errors = (_known(f.values[name] for f in told) for name in names)
+            axes.errorbar(distances, bits, errors, **_line(policy), marker="o", capsize=3)
+        fresh = [f for f in shown if f.subject["after"] == NEVER and f.subject["policy"] != FULL]
+        levels = _known(f.values["bits per token_bits"] for f in fresh)
+        label = f"{NEVER}, least and most"
+        axes.axhspan(min(levels), max(levels), color=MUTED, alpha=0.4, linewidth=1, label=label)
+        style(axes, f"{span} tokens kept", "bits per token of it", "tokens since it was told")
+        axes.set_xscale("log", base=2)
+        in_full(axes.xaxis)
+    canvas.legend(canvas.panels[0], ncols=6)
+    return canvas
 
 
-def _mass(members: Members) -> Figure:
-    figure = Figure(figsize=(11, 4.8), facecolor="white")
-    groups = {title: list(group) for title, group in groupby(members, key=lambda f: f.title)}
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+def _mass(members: Members, title: str) -> Canvas:
+    groups = {head: list(group) for head, group in groupby(members, key=lambda f: f.title)}
     name = next(n for n in members[0].values if n.startswith("first "))
-    for axes, (title, group) in zip(panels, groups.items(), strict=True):
-        layers = _by(group, "layer")
-        shares = [[100 * x for x in _known(f.values[name] for f in row)] for row in layers.values()]
+    even = 100 * _known([members[0].values["one of all, evenly_share"]])[0]
+    note = f"% of attention to the {name.removesuffix('_share')} tokens; evenly {even:.2f} each"
+    canvas = Canvas(members, title, columns=len(groups), note=note)
+    for axes, (heading, group) in zip(canvas.panels, groups.items(), strict=True):
+        rows = _by(group, "layer").values()
+        shares = [[100 * x for x in _known(f.values[name] for f in row)] for row in rows]
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
         for layer, row in enumerate(shares):
             for head, share in enumerate(row):
                 colour = "white" if share > 60 else INK
                 axes.text(head, layer, f"{share:.1f}", ha="center", va="center", color=colour)
-        even = 100 * _known([group[0].values["one of all, evenly_share"]])[0]
-        _dress(axes, title.split(": ")[1].split(",")[0], "layer", "head")
-        words = name.removesuffix("_share")
-        axes.set_xlabel(f"head; % to the {words}, evenly {even:.2f} each", color=MUTED)
+        style(axes, heading.split(": ")[1].split(",")[0], "layer", "head")
         axes.set_xticks(range(len(shares[0])))
         axes.set_yticks(range(len(shares)))
         axes.grid(visible=False)
-    return figure
+    return canvas
 
 
 def _by(members: Members, name: str) -> dict[str, list[Finding]]:
@@ -201,37 +197,15 @@ def _span(finding: Finding) -> int:
     return int(finding.subject["tokens"])
 
 
-def _known(values: Any) -> list[float]:
+def _note(members: Members) -> str:
+    """What all of them read."""
+    return members[-1].title.split(": ", 1)[1]
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _style(policy: str) -> dict[str, Any]:
-    colour, line = STYLES.get(policy, OTHER_STYLE)
-    return {"label": policy, "color": colour, "linestyle": line, "linewidth": 1.8, "zorder": 3}
-
-
-def _dress(axes: Any, title: str, unit: str, across: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
-    axes.set_ylabel(unit, color=MUTED)
-    axes.set_xlabel(across, color=MUTED)
-    axes.grid(color=RULE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
-
-
-def _frame(figure: Figure, last: Finding, text: str) -> None:
-    run = last.run
-    figure.set_layout_engine("constrained", rect=(0.01, 0.07, 0.98, 0.79), wspace=0.05)
-    handles = {
-        label: handle
-        for axes in figure.axes
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    if handles:
-        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=6, frameon=False)
-    figure.text(0.02, 0.95, f"{last.part}: {text}", fontsize=14, fontweight="bold", color=INK)
-    caption = f"{describe(run.machine)}; {run.date[:10]}, foveal {run.foveal}, {run.commit[:10]}"
-    details = last.title.split(": ", 1)[1]
-    figure.text(0.02, 0.935, f"{details}\n{caption}", fontsize=9, color=MUTED, va="top")
+def _line(policy: str) -> dict[str, Any]:
+    colour, dashes = LINES.get(policy, OTHER_LINE)
+    return {"label": policy, "color": colour, "linestyle": dashes, "linewidth": 1.8, "zorder": 3}

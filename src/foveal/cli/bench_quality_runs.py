@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -87,9 +87,12 @@ def _measure(
         )
     source = source_of(llm.tokenizer, subject.file)
     facts = {
-        "model": fingerprint(llm.model),
-        "text": f"{source.name}, {len(source.ids)} tokens, {source.digest}",
-        **{name: str(value) for name, value in asdict(settings).items()},
+        "model": fingerprint(llm.model)[:12],
+        "text": source.digest[:12],
+        "dtype": subject.dtype,
+        "backend": subject.backend,
+        "tokens": str(settings.tokens),
+        "length": str(settings.length),
     }
     run = run_of(subject.device, facts, calibrate=False)
     with progress_bar() as bar:
