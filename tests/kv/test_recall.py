@@ -40,10 +40,11 @@ def make(
     shape: CacheShape = SHAPE,
     tokens: int = 400,
     turn: Turn | None = turn,
+    behind: int | None = None,
 ) -> RecallCache:
     hot = PageStore(shape, 60 * shape.batch, SIZE)
     tiers = Tiers(shape, SIZE, [TierConfig(name="cold", tokens=tokens)])
-    config = RecallConfig(window=window, budget=budget, distances=distances)
+    config = RecallConfig(window=window, budget=budget, distances=distances, behind=behind)
     return RecallCache(PagedCache(hot), tiers, config, turn)
 
 
@@ -84,7 +85,12 @@ class Stream:
         return seen
 
     def dense(
-        self, layer: int, q: torch.Tensor, positions: torch.Tensor, hot_from: list[int] | None
+        self,
+        layer: int,
+        q: torch.Tensor,
+        positions: torch.Tensor,
+        hot_from: list[int] | None,
+        behind: int = 0,
     ) -> torch.Tensor:
         """Attention in float64 over everything so far. Keys at positions from `hot_from` of each
         sequence on are at their distances; others are clamped, None for no others."""
@@ -100,7 +106,10 @@ class Stream:
                 if hot_from is not None:
                     far = at < max(hot_from[row], sinks)
                     stands[far] = min(p, self.cache.window.span - 1)
-                    places[far & (at >= sinks)] %= SIZE
+                    clamped = far & (at >= sinks)
+                    # The last key of a page stands `behind` every query.
+                    last = self.cache.window.span - 1 - behind
+                    places[clamped] = places[clamped] % SIZE + last - (SIZE - 1)
                 k = turned(self.keys[layer][row][:, seen], places, ROPES[layer])
                 v = self.values[layer][row][:, seen].double()
                 for head in range(4):
@@ -139,17 +148,21 @@ def test_exact_with_everything_recalled_is_full_attention(data: st.DataObject) -
             assert (out - stream.dense(layer, q, step, None)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("own", [None, 5, 9, 14])
+@pytest.mark.parametrize("own", [None, 5, 14])
 @pytest.mark.parametrize("sizes", [[17] + [1] * 9, [13, 9, 1, 1, 16]], ids=["ones", "chunks"])
-def test_clamped_keys_stand_where_they_should(sizes: list[int], own: int | None) -> None:
+@pytest.mark.parametrize("behind", [None, 9, 1])
+def test_clamped_keys_stand_where_they_should(
+    sizes: list[int], own: int | None, behind: int | None
+) -> None:
     spec = SPEC.replace(window=None if own is None else (own, None))
-    stream = Stream(make(distances="clamped"), spec)
+    stream = Stream(make(distances="clamped", behind=behind), spec)
     for seed, num in enumerate(sizes):
         start = (stream.positions >= 0).sum(1).tolist()
         step = places(start, num, pads=min(seed % 3, num - 1))
         passed = [max(0, end - WINDOW.size + 1) // SIZE * SIZE for end in start]
+        stands = WINDOW.size // 2 if behind is None else behind
         for layer, (q, out) in enumerate(stream.step(step, seed)):
-            assert (out - stream.dense(layer, q, step, passed)).abs().max() < 1e-5
+            assert (out - stream.dense(layer, q, step, passed, stands)).abs().max() < 1e-5
     assert stream.cache.stats.num_retired > 2
 
 
@@ -277,6 +290,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"distances": "near"}, "distances: got 'near'; accepted: clamped, exact"),
         ({"distances": "clamped", "window": Window(9)}, "sinks: got 0; accepted: at least 1"),
         ({"tokens": 4}, "tiers: got room for 1 pages"),
+        ({"behind": 10}, "behind: got 10; accepted: 0 to the window of 9 tokens"),
     ):
         with pytest.raises(ArgumentError, match=message):
             make(**settings_)

@@ -80,6 +80,8 @@ def test_what_is_turned_back_is_what_was_never_turned_so_far(scaling: Scaling, s
     far = rotate(x, list(range(start, start + 5)), config)
     back = Rotation.back(config, torch.tensor([[start]]), x.dtype).apply(far[None, None])[0, 0]
     assert (back - rotate(x, list(range(5)), config)).abs().max() < 1e-7
+    forth = Rotation.back(config, torch.tensor([[-3]]), x.dtype).apply(back[None, None])[0, 0]
+    assert (forth - rotate(x, list(range(3, 8)), config)).abs().max() < 1e-7
     single = Rotation.back(config, torch.tensor([[start]]), torch.float32)
     assert (single.apply(far[None, None].float())[0, 0] - back).abs().max() < 1e-6
 

@@ -7,9 +7,11 @@ of bytes are fetched (Quest, Tang et al. 2024; InfLLM, Xiao et al. 2024). When t
 the oldest pages are forgotten.
 
 Distances are of two kinds. Exact: recalled keys are seen from where the queries are; if everything
-is recalled this is full attention. Clamped: a page that retires is rotated back by its start, so
-its keys stand at their place within the page, and every query sees them, as it sees the sinks, from
-right behind the window (`Window.from_sinks`): no distance exceeds what is hot.
+is recalled this is full attention. Clamped: a page that retires is rotated to a fixed place, where
+every query sees it from one distance, by the rotation with which it sees the sinks
+(`Window.from_sinks`), and no distance exceeds what is hot. Nearer than right behind the window, a
+small model copies what it finds much better, and very near it takes everything for what was just
+said (see `docs/log.md`).
 
 Every query of a step sees all that is hot and all that is recalled for the step. So, other than
 with a plain window, which keys a query sees depends on how the text falls into steps.
@@ -49,6 +51,9 @@ class RecallConfig:
     """One of `DISTANCES`."""
     ranking: str = "spread"
     """One of `RANKINGS`."""
+    behind: int | None = None
+    """How far behind every query the last key of a clamped page stands: up to the window's size,
+    which is right behind the window; None for half of it."""
 
     def __post_init__(self) -> None:
         for name, got, known in (
@@ -58,13 +63,25 @@ class RecallConfig:
             if got not in known:
                 raise ArgumentError(name, repr(got), ", ".join(known))
         if self.clamped and not self.window.sinks:
-            accepted = "at least 1: with clamped distances recalled pages stand where sinks do"
+            accepted = "at least 1: with clamped distances recalled pages are seen as sinks are"
             raise ArgumentError("sinks", 0, accepted)
+        if self.behind is not None and not 0 <= self.behind <= self.window.size:
+            accepted = f"0 to the window of {self.window.size} tokens, or None for half of it"
+            raise ArgumentError("behind", self.behind, accepted)
 
     @property
     def clamped(self) -> bool:
         """Whether distances are."""
         return self.distances == "clamped"
+
+    def place(self, page_size: int) -> int | None:
+        """At which position the first key of a clamped page stands, for queries at the last one
+        that `Window.from_sinks` gives, with sinks in whole pages; None for exact distances."""
+        if not self.clamped:
+            return None
+        behind = self.window.size // 2 if self.behind is None else self.behind
+        sinks = -(-self.window.sinks // page_size) * page_size
+        return sinks + self.window.size - 1 - behind - (page_size - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +138,7 @@ class RecallCache:
             summaries=self._summaries,
             window=self.window,
             num_pages=config.budget // tiers.page_bytes,
-            clamped=config.clamped,
+            place=config.place(size),
             ranking=config.ranking,
         )
         self._num_forgotten = self._num_steps = 0
@@ -267,11 +284,12 @@ class RecallCache:
         pages = [table.pages[part] for part in parts]
         index = torch.tensor(pages, device=source.device)
         starts = torch.tensor(parts, device=source.device) * source.page_size
+        place = self._recollection.place
         for layer in range(self._hot.shape.num_layers):
             with source.arena.frame():
                 k, v = source.read(layer, index, self._hot.dtype)
-                if self._staging is not None and self._turn is not None:
-                    k = self._turn(layer, k.transpose(0, 1), starts).transpose(0, 1)
+                if self._staging is not None and self._turn is not None and place is not None:
+                    k = self._turn(layer, k.transpose(0, 1), starts - place).transpose(0, 1)
                     staged = torch.arange(len(parts), device=source.device)
                     self._staging.write_pages(layer, staged, k, v)
                 self._summaries.write(layer, row, parts, k)

@@ -16,7 +16,8 @@ from foveal.kv.summary import Summaries
 from foveal.kv.tiers import Tiers
 
 Turn = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(layer, keys [n, Hkv, S, D], positions int64 [n]) -> the keys, rotated back by so much."""
+"""(layer, keys [n, Hkv, S, D], positions int64 [n]) -> the keys, rotated back by so much, or forth
+where that is negative."""
 
 TILE_TOKENS = 1024
 """Tokens of each sequence that are fetched at a time."""
@@ -32,8 +33,8 @@ class Recollection:
     """Sinks in whole pages."""
     num_pages: int
     """That a sequence may pick in each layer and step."""
-    clamped: bool
-    """Whether keys stand at their place within the page."""
+    place: int | None
+    """At which position the first key of every page stands; None for its own."""
     ranking: str
     num_fetched: int = 0
     """Pages of one layer each."""
@@ -45,7 +46,7 @@ class Recollection:
         if not num_picked:
             return parts[:, :0]
         unseen = (sight.positions < 0)[:, None, :, None]
-        q = sight.far_q if self.clamped else sight.q
+        q = sight.q if self.place is None else sight.far_q
         ranks = [
             (scores * sight.scale - sight.lse.unsqueeze(-1))
             .masked_fill(unseen, -torch.inf)
@@ -60,9 +61,10 @@ class Recollection:
     def _visible(self, sight: Sight, parts: torch.Tensor) -> torch.Tensor:
         """-1 in place of the parts that a layer's own window hides from every query."""
         size = self.tiers.page_size
-        if self.clamped:
-            return parts if sees_far(sight, self.window, size) else torch.full_like(parts, -1)
-        return parts.masked_fill((parts + 1) * size <= sight.first, -1)
+        if self.place is None:
+            return parts.masked_fill((parts + 1) * size <= sight.first, -1)
+        seen = sees_far(sight, self.window, self.place + size)
+        return parts if seen else torch.full_like(parts, -1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -90,7 +92,7 @@ class RecallView:
     def tiles(self, sight: Sight) -> Iterator[KVView]:
         """What is hot, of which the sinks come first; then the pages picked, in order."""
         told, far = self.recollection, None
-        if told.clamped:
+        if told.place is not None:
             far = told.window.from_sinks(sight.positions)
             columns = told.window.sinks // told.tiers.page_size
             if sees_far(sight, told.window, told.window.sinks):
@@ -115,7 +117,8 @@ class RecallView:
         for start in range(0, picked.shape[1], num_parts):
             parts = picked[:, start : start + num_parts]
             there = (parts >= 0).unsqueeze(2)
-            places = parts.unsqueeze(2) * size * (far is None) + offsets
+            starts = parts.unsqueeze(2) * size if told.place is None else told.place
+            places = (starts + offsets).expand(*parts.shape, size)
             keys = self._keys(parts)
             told.tiers.promote(keys)
             with arena.frame():

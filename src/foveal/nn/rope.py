@@ -16,6 +16,7 @@ import torch
 
 from foveal.core.dtypes import accumulate_dtype
 from foveal.core.errors import ConfigError
+from foveal.kernels.cpu.rows import rotate, serves
 from foveal.nn.scaling import NoScaling, Scaling
 
 
@@ -53,14 +54,15 @@ class Rotation:
         scaling only. Pads (negative positions) are turned by nothing.
         """
         known = length if config.scaling.length_dependent else 0
-        angles = _angles(config, positions, known)
+        angles = _angles(config, positions.clamp(min=0), known)
         wide, factor = accumulate_dtype(dtype), config.scaling.attention_factor
         return cls((angles.cos() * factor).to(wide), (angles.sin() * factor).to(wide))
 
     @classmethod
     def back(cls, config: RopeConfig, positions: torch.Tensor, dtype: torch.dtype) -> "Rotation":
-        """The rotation that turns heads back by `positions`, as `at` gives them: of a key rotated
-        at p + d, turned back by p, is left what `at` makes of it at d, to rounding.
+        """The rotation that turns heads back by integer `positions` [B or 1, T], or forth by
+        negative ones: of a key rotated at p, turned back by d, is left what `at` makes of it at
+        p - d, to rounding.
 
         Not for length-dependent scaling, which need not have turned it by the same angles.
         """
@@ -69,6 +71,8 @@ class Rotation:
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Turn heads [B, H, T, D] (queries or keys); same shape and dtype."""
+        if serves(x) and self.cos.dtype == x.dtype:
+            return rotate(x, self.cos, self.sin)
         half = self.cos.shape[-1]
         wide = x.to(self.cos.dtype)
         first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
@@ -80,10 +84,10 @@ class Rotation:
 
 
 def _angles(config: RopeConfig, positions: torch.Tensor, length: int) -> torch.Tensor:
-    """float64 [B or 1, 1, T, dim / 2], of pads 0."""
+    """float64 [B or 1, 1, T, dim / 2]."""
     frequencies = _frequencies(config, length, positions.device)
     # float64 cosines reduce their argument modulo 2 pi with more digits of pi than we could.
-    return (positions.clamp(min=0).double().unsqueeze(-1) * frequencies).unsqueeze(1)
+    return (positions.double().unsqueeze(-1) * frequencies).unsqueeze(1)
 
 
 @lru_cache(maxsize=256)

@@ -53,6 +53,11 @@ class Recall(Policy):
     """Its size at most."""
     distances: str = "clamped"
     """At which recalled keys are seen: clamped to the window, or exact."""
+    behind: int | None = None
+    """Clamped to which: how far behind every query the last key of a recalled page stands; None
+    for half of the window."""
+    ranking: str = "spread"
+    """How pages are ranked (`kv/summary.py`): spread, or bound."""
 
     def default_window(self, context: int, sinks: int) -> int:
         """Queries see a step and a page beyond the window, and the sinks' pages: all of it within
@@ -73,8 +78,13 @@ class Recall(Policy):
         hot = self._hot(window, storage)
         tiers = self._tiers(storage)
         tiers.reset()
-        budget = self._budget(window, tiers.page_bytes)
-        config = RecallConfig(window=window, budget=budget, distances=self.distances)
+        config = RecallConfig(
+            window=window,
+            budget=self._budget(window, tiers.page_bytes),
+            distances=self.distances,
+            behind=self.behind,
+            ranking=self.ranking,
+        )
         ropes = storage.ropes
 
         def turn(layer: int, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
