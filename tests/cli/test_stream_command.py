@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -136,7 +137,13 @@ def test_a_report_is_one_page_with_three_curves(model: str, text: Path, tmp_path
     page = tmp_path / "out.html"
     assert run(text, "--model", model, "--window", 40, "--report", page).exit_code == 0
     html = page.read_text()
-    assert html.count("<svg") == 1 and "http://" not in html.split("<svg")[0]
+    assert html.count("<svg") == 3 and "http://" not in html.split("<svg")[0]
+    for name in ("Bits per token", "Milliseconds per token", "Resident memory, MiB"):
+        assert f"<h2>{name}</h2>" in html
+    drawn = re.findall(r"#[0-9a-f]{6}", "".join(html.split("<svg")[1:]))
+    assert not drawn, "every colour is one of the reader's scheme"
+    clips = re.findall(r'clipPath id="(\w+)"', html)
+    assert len(clips) == len(set(clips)), "no picture clips another"
     assert "window 40, sinks 4, float32" in html and "tokens forgotten" in html
     assert "src=" not in html and "<script" not in html
 
