@@ -63,11 +63,11 @@ class Canvas:
             self._figure.savefig(temporary, format=kind, dpi=150)
 
     def _head(self, title: str, note: str, run: Run, tall: float) -> None:
-        settings = ", ".join(f"{name} {value}" for name, value in run.settings.items())
+        settings = "".join(f"; {name} {value}" for name, value in run.settings.items())
         lines = [
             *([note] if note else []),
             describe(run.machine),
-            f"{run.date[:10]}, foveal {run.foveal}, commit {run.commit[:10]}; {settings}",
+            f"{run.date[:10]}, foveal {run.foveal}, commit {run.commit[:10]}{settings}",
         ]
         self._figure.text(
             0.02,

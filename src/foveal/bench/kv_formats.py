@@ -1,7 +1,7 @@
 """What each storage format takes, everything counted, and what it costs in exactness.
 
 Bytes are those of a page as a store allocates it, scales included. The error is that of attention
-on the bundled model's own keys and values: its queries, keys and values over a text of its context
+on a model's own keys and values: its queries, keys and values over a text of its context
 length are taken from every layer; keys and values are stored page by page and read back, and the
 output of attention over them is held against that over the ones that were never stored, in float64.
 It is given relative to the root mean square of the exact output.
@@ -21,6 +21,7 @@ from foveal.engine.llm import LLM
 from foveal.kv.cache import CacheShape
 from foveal.kv.formats import FORMATS, Format
 from foveal.kv.store import PageStore
+from foveal.models.bundled import bundled_model
 from foveal.models.config import ModelConfig
 from foveal.nn.attention import Attention
 from foveal.nn.rope import Rotation
@@ -57,6 +58,8 @@ class Heads:
 def measure(llm: LLM, ids: Sequence[int], run: Run) -> Iterator[Finding]:
     """Every format, for pages of both sizes of a head and for the keys of this model."""
     layers = heads_of(llm, ids)
+    bundled = llm.directory == bundled_model()
+    name = "the bundled model" if bundled else llm.directory.name
     length = layers[0].q.shape[2]
     exact = [layer.attention(layer.k, layer.v) for layer in layers]
     for format in FORMATS:
@@ -76,7 +79,7 @@ def measure(llm: LLM, ids: Sequence[int], run: Run) -> Iterator[Finding]:
             part="formats",
             title=(
                 f"Pages of {PAGE_SIZE} tokens (keys and values of one head); attention over "
-                f"{length} stored keys of {llm.directory.name}, the worst of {len(layers)} layers"
+                f"{length} stored keys of {name}, the worst of {len(layers)} layers"
             ),
             subject={"format": format.name},
             values=values,

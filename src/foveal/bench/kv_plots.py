@@ -90,13 +90,14 @@ def draw_formats(members: Sequence[Finding], target: Path) -> None:
         axes.annotate(
             finding.subject["format"],
             (share, error),
-            xytext=(11, 0),
+            xytext=(-11, 0),
             textcoords="offset points",
             va="center",
+            ha="right",
             color=INK,
         )
     axes.axvline(0.55, color=MUTED, linestyle=":", linewidth=1.3)
-    axes.set_xlim(0.2, 1.2)
+    axes.set_xlim(0.1, 1.1)
     in_full(axes.xaxis)
     logarithmic(axes.yaxis)
     axes.margins(y=0.15)
