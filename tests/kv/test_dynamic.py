@@ -193,7 +193,7 @@ def test_sequences_count_once_the_maximum_is_behind_them() -> None:
     rng = torch.Generator().manual_seed(0)
     for step in range(80):
         q, k, v = (torch.randn(2, heads, 1, 8, generator=rng) for heads in (4, 2, 2))
-        positions = torch.tensor([[step], [step if step < 20 else -1]])
+        positions = torch.tensor([[step], [step - 50 if step >= 50 else -1]])
         view = beside.append(0, k, v, positions)
         attend_view(q, view, SPEC, q_positions=positions)
         positions = positions[:1]
