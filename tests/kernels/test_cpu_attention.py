@@ -119,11 +119,12 @@ def test_any_shape(
 
 
 def largest_score(q: torch.Tensor, k: torch.Tensor, made: AttentionSpec) -> float:
-    """What rounding is relative to: the size of scores, ALiBi's part included."""
+    """What rounding is relative to: half the terms of a score (the tolerance has four
+    units), ALiBi's part included."""
     k = k.float().repeat_interleave(made.group_size, 1)
-    products = (q.float() @ k.mT).abs().max() * made.resolved_scale
+    terms = (q.float().abs() @ k.mT.abs()).max() * abs(made.resolved_scale)
     distance = max(map(abs, made.alibi or (0.0,))) * (q.shape[2] + k.shape[2])
-    return abs(float(products)) + distance + 1
+    return float(terms) / 2 + distance + 1
 
 
 LONG = {

@@ -21,7 +21,7 @@ from foveal.kernels.cpu.attention import ELEMENTS, Beside, Result, Rules, attent
 _SOFTMAX_FLOPS = 18
 """The softmax of one pair takes as long as so many FLOPs of a matrix product: about 9 of its 13
 instructions take the unit that multiplies (see exp.h)."""
-_TILE_KEYS, _SPLIT_KEYS, _FEW_ROWS, _MANY_ROWS = 128, 1024, 64, 256
+_TILE_KEYS, _SPLIT_KEYS, _FEW_ROWS, _MANY_ROWS = 128, 1024, 64, 512
 """As attention_plan.h and attention_plan.cpp have them."""
 _PANEL_ROWS = 6
 

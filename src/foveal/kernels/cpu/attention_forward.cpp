@@ -66,7 +66,7 @@ class Attention {
         rows_((task.q_end - task.q_begin) * group_),
         q_stride_(round_up(call.head_dim, kLanes)),
         out_stride_(round_up(call.value_dim, kAlign)),
-        direct_(rows_ <= kDirectRows && call.head_dim % kLanes == 0 &&
+        direct_(sequence_.q_len * group_ <= kDirectRows && call.head_dim % kLanes == 0 &&
                 call.value_dim % kLanes == 0),
         ordered_(!sequence_.kv_positions),
         bare_(call.softcap == 0 && !call.alibi && !call.bias.data),
@@ -345,6 +345,7 @@ class Attention {
   // relative to the largest before.
   void soften(int64_t row, int count, int64_t begin, int64_t end, const Sums& sums,
               float* factor) {
+    const Power exp = exp_;  // a copy: stores could change the member, for all the compiler knows
     float top[kLanes + kRows];
     for (int r = 0; r < count; ++r) {
       const float* s = scores_ + r * kTileKeys;
@@ -356,12 +357,12 @@ class Attention {
       top[r] = now == kNone ? 0 : now;
       factor[r] = before - top[r];
     }
-    for (int r = 0; r < count; r += kLanes) store(factor + r, exp_(load(factor + r)));
+    for (int r = 0; r < count; r += kLanes) store(factor + r, exp(load(factor + r)));
     for (int r = 0; r < count; ++r) {
       float* s = scores_ + r * kTileKeys;
       F32 total = {};
       for (int64_t j = begin; j < end; ++j) {
-        const F32 p = exp_(load(s + j * kLanes) - top[r]);
+        const F32 p = exp(load(s + j * kLanes) - top[r]);
         total += p;
         store(s + j * kLanes, p);
       }
@@ -384,8 +385,9 @@ class Attention {
         if (careful_) {
           weigh_carefully(tile, count, j, depth, d, out + d, scale);
         } else if (direct_) {
-          multiplier<Element>(count, columns)(p, kTileKeys, rows_of(call_.v, tile.first + j) + d,
-                                              call_.v.token, out + d, out_stride_, scale, depth);
+          multiplier<Element, kAheadRows>(count, columns)(
+              p, kTileKeys, rows_of(call_.v, tile.first + j) + d, call_.v.token, out + d,
+              out_stride_, scale, depth);
         } else {
           multiplier<float>(count, columns)(p, kTileKeys, values_ + d * kTileKeys + j * kPanel,
                                             kPanel, out + d, out_stride_, scale, depth);

@@ -9,13 +9,21 @@
 namespace foveal {
 namespace {
 
-// Rows (queries times heads of a group) of a task at most. Each packs the keys and values that it
-// reads: fewer rows pack more often, more rows leave less of the cache to the keys.
-int64_t rows_of(const AttentionForward& call, int64_t q_len) {
+// Rows (queries times heads of a group) of a task at most. A task packs the keys and values that it
+// reads: with fewer rows that is done more often, with more the cache holds less of the rest. Fewer
+// where the threads would otherwise not find enough to share; no bit of a result depends on it.
+int64_t choose_rows(const AttentionForward& call) {
+  constexpr int64_t kLeast = 64, kTasksPerThread = 4;
   const int64_t group = call.heads / call.kv_heads;
-  const int64_t wide = larger(call.head_dim, call.value_dim);
-  const int64_t most = wide > 128 ? 128 : 256;
-  return q_len * group <= 2 * most ? most / 2 : most;
+  int64_t rows = call.head_dim > 128 || call.value_dim > 128 ? 256 : 512;
+  for (; rows > kLeast; rows /= 2) {
+    int64_t num_tasks = 0;
+    for (int64_t i = 0; i < call.batch; ++i) {
+      num_tasks += divide_up(Sequence(call, i).q_len * group, rows) * call.kv_heads;
+    }
+    if (num_tasks >= kTasksPerThread * call.num_threads) break;
+  }
+  return rows;
 }
 
 // With at most so many rows, keys are divided among tasks.
@@ -23,13 +31,14 @@ constexpr int64_t kFewRows = 64;
 
 struct Cutter {
   const AttentionForward& call;
+  int64_t rows;
   std::vector<Task> tasks;
   std::vector<RowSet> row_sets;
 
   void cut_sequence(int64_t index) {
     const Sequence sequence(call, index);
     const int64_t group = call.heads / call.kv_heads;
-    const int64_t step = larger(1, rows_of(call, sequence.q_len) / group);
+    const int64_t step = larger(1, rows / group);
     const bool few = sequence.q_len * group <= kFewRows;
     for (int64_t begin = 0; begin < sequence.q_len; begin += step) {
       const int64_t end = smaller(begin + step, sequence.q_len);
@@ -100,7 +109,7 @@ T* copy(const std::vector<T>& from) {
 }  // namespace
 
 Plan* make_plan(const AttentionForward& call) {
-  Cutter cutter{call, {}, {}};
+  Cutter cutter{call, choose_rows(call), {}, {}};
   for (int64_t i = 0; i < call.batch; ++i) cutter.cut_sequence(i);
   std::stable_sort(cutter.tasks.begin(), cutter.tasks.end(),
                    [](const Task& a, const Task& b) { return a.cost > b.cost; });

@@ -1,5 +1,6 @@
-// How a call is cut into tasks. Every cut has a fixed size, a function of the sequence's own shape
-// and never of the number of threads or of its neighbours, so that neither changes a bit.
+// How a call is cut into tasks. Tiles and parts of the keys have fixed sizes, and whether keys are
+// divided depends on a sequence's own shape, never on the number of threads or on its neighbours, so
+// that neither changes a bit. How many queries share a task may depend on both: it changes none.
 #pragma once
 
 #include <cstdint>

@@ -51,7 +51,8 @@ using I32 = int32_t __attribute__((vector_size(kVectorBytes)));
 using U32 = uint32_t __attribute__((vector_size(kVectorBytes)));
 using U16 = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
 
-inline F32 splat(float x) { return F32{} + x; }
+// Not x + 0, which would have to turn -0 into 0, and is an instruction.
+inline F32 splat(float x) { return x - F32{}; }
 inline U32 bits(F32 x) { return reinterpret_cast<U32>(x); }
 inline F32 from_bits(U32 x) { return reinterpret_cast<F32>(x); }
 // Lane by lane; where a is NaN the result is b.
