@@ -1,7 +1,8 @@
 """The parts of `foveal bench quality`: who is held against whom, on which passages.
 
     context    policies and windows within the model's context, against full attention
-    policies   policies and windows far beyond it, against full attention and recomputed windows
+    policies   policies far beyond it, with the least and the largest window, against full attention
+               and the recomputed window
     sinks      how many first tokens are worth keeping, against the recomputed window
     precision  storage formats within the context, against full attention in the model's dtype
     recall     random strings told once and asked for after a distance, by the larger windows
@@ -105,10 +106,12 @@ class Bench:
 
     def _context(self) -> Iterator[Finding]:
         windows = [window for window in self.windows if window < self.context]
-        yield from self._scored("context", self._of_policies(windows), self._rows())
+        yield from self._scored("context", self._of_policies(windows), self._rows(), [FULL])
 
     def _policies(self) -> Iterator[Finding]:
-        yield from self._scored("policies", self._of_policies(self.windows), self._passages())
+        windows = sorted({min(self.windows), max(self.windows)})
+        candidates, references = self._of_policies(windows), [FULL, RECOMPUTE]
+        yield from self._scored("policies", candidates, self._passages(), references)
 
     def _sinks(self) -> Iterator[Finding]:
         candidates = [
@@ -117,13 +120,13 @@ class Bench:
             for sinks in self.settings.sinks
             if 2 * sinks <= window
         ]
-        yield from self._scored("sinks", candidates, self._passages())
+        yield from self._scored("sinks", candidates, self._passages(), [RECOMPUTE])
 
     def _precision(self) -> Iterator[Finding]:
         own = dtype_name(self.llm.model.dtype)
         formats = self.settings.kv or tuple(format.name for format in FORMATS)
         candidates = [self.candidate(FULL, self.context, kv=kv) for kv in formats if kv != own]
-        yield from self._scored("precision", candidates, self._rows())
+        yield from self._scored("precision", candidates, self._rows(), [FULL])
 
     def _recall(self) -> Iterator[Finding]:
         settings, source = self.settings, self.source
@@ -179,16 +182,20 @@ class Bench:
         return Reading(passages=passages, first=self.context, step_tokens=STEP_TOKENS)
 
     def _scored(
-        self, part: str, candidates: Sequence[Candidate], reading: Reading
+        self,
+        part: str,
+        candidates: Sequence[Candidate],
+        reading: Reading,
+        against: Sequence[str],
     ) -> Iterator[Finding]:
         """References first, then each candidate that can be."""
         title = f"{self.source.name}: {reading}"
-        full = self._entrant(self.candidate(FULL, reading.length))
-        spans = sorted({c.span for c in candidates} if reading.length > self.context else ())
-        windows = {span: self._entrant(self.candidate(RECOMPUTE, span), full) for span in spans}
-        entrants = [full, *windows.values()]
+        full = [self._entrant(self.candidate(FULL, reading.length))] if FULL in against else []
+        spans = sorted({c.span for c in candidates}) if RECOMPUTE in against else []
+        windows = {span: self._entrant(self.candidate(RECOMPUTE, span), *full) for span in spans}
+        entrants = [*full, *windows.values()]
         for candidate in candidates:
-            references = [full, *([windows[candidate.span]] if spans else [])]
+            references = [*full, *(windows[span] for span in spans if span == candidate.span)]
             try:
                 entrants.append(self._entrant(candidate, *references))
             except Refusal as refusal:
