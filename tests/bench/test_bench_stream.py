@@ -146,7 +146,7 @@ def test_tables_say_all_of_it_with_units(streamed: Finding, burst: Finding) -> N
     assert "| policy | sinks |" in text, "many columns: on its side"
     for check in streamed.checks:
         assert f"- {streamed.label}: {check}" in text
-    assert [table.title for table in tables.rich_tables([streamed, burst])] == [
+    assert [title for title, _ in tables.rich_tables([streamed, burst])] == [
         streamed.title,
         burst.title,
     ]

@@ -37,17 +37,17 @@ def by_table(findings: Iterable[Finding]) -> dict[tuple[str, str], list[Finding]
     return tables
 
 
-def rich_tables(findings: Iterable[Finding]) -> list[Table]:
-    """One table for each part and title."""
+def rich_tables(findings: Iterable[Finding]) -> list[tuple[str, Table]]:
+    """The title and the table of each part and title."""
     tables = []
     for (_, title), members in by_table(findings).items():
         (names, *body), num_names = grid(members)
-        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **LEFT)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **LEFT)
         for place, name in enumerate(names):
             table.add_column(name, justify="left" if place < num_names else "right")
         for row in body:
             table.add_row(*row)
-        tables.append(table)
+        tables.append((title, table))
     return tables
 
 

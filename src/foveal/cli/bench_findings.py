@@ -44,7 +44,8 @@ def draw(findings: list[Finding], target: Path, words: str | None) -> None:
 
 def _show(findings: list[Finding]) -> None:
     console = wide_console()
-    for table in tables.rich_tables(findings):
+    for title, table in tables.rich_tables(findings):
+        console.print(title, style="italic", highlight=False, markup=False)
         console.print(table)
     promised = tables.checks(findings)
     console.print(*promised, sep="\n", highlight=False, markup=False)
