@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,21 @@ def test_reading_while_pages_move(store: PageStore) -> None:
         check(tiers, store, some[1:], 0)
     check_places(tiers)
     assert sum(stats.moves for stats in tiers.stats) > 100
+
+
+def test_pages_dropped_while_they_move() -> None:
+    """Pages of a megabyte, dropped at some moment of their way up and down."""
+    shape = CacheShape(num_layers=4, batch=1, num_kv_heads=8, head_dim=64, value_dim=64)
+    store = PageStore(shape, 1, 64)
+    configs = [TierConfig(name=name, tokens=64 * 2) for name in ("cold", "frozen")]
+    tiers, keys = Tiers(shape, 64, configs), [(0, 0), (0, 1)]
+    assert tiers.page_bytes == 2**20
+    for i in range(40):
+        tiers.retire(keys, store, [0, 0])
+        tiers.promote(keys)
+        time.sleep(i % 8 * 2e-4)
+        tiers.drop(keys)
+    check_places(tiers)
 
 
 def test_forgetting_drops_the_oldest_and_says_so(store: PageStore) -> None:
