@@ -165,3 +165,19 @@ def test_what_cannot_be_is_refused(model: str, text: Path, tmp_path: Path) -> No
     ):
         with pytest.raises(error, match=message):
             raise run(*arguments, "--model", model).exception
+
+
+def test_a_dynamic_window_keeps_to_a_time(model: str, text: Path) -> None:
+    settings = ("--set", "minimum=16", "--set", "mass=0.9", "--set", "latency=1us")
+    options = ("--policy", "dynamic", *settings, "--window", 64, "--chunk", 4, "--json")
+    result = run(text, "--model", model, *options)
+    found = json.loads(result.stdout)
+    assert found["config"]["policy"] == {
+        "name": "dynamic",
+        "minimum": 16,
+        "mass": 0.9,
+        "latency": 1e-6,
+        "held": None,
+    }
+    assert found["stream"]["cache"]["maximum"] == 16
+    assert "at most 16 tokens" in found["stream"]["remarks"][0]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveal.core.errors import ArgumentError
-from foveal.core.units import format_bytes, format_count, format_s, parse_bytes
+from foveal.core.units import format_bytes, format_count, format_s, parse_bytes, parse_s
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,20 @@ def test_parse_bytes(text: str, num_bytes: int) -> None:
 def test_parse_bytes_refuses(text: str) -> None:
     with pytest.raises(ArgumentError, match=r"--memory: got .*200MiB"):
         parse_bytes(text, "--memory")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("20ms", 0.02), ("1.5 s", 1.5), ("0.99", 0.99), ("3e-4", 3e-4), ("7us", 7e-6), ("7 µs", 7e-6)],
+)
+def test_parse_s(text: str, seconds: float) -> None:
+    assert parse_s(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "ms", "-1", "1 min", "1..5s", "nan"])
+def test_parse_s_refuses(text: str) -> None:
+    with pytest.raises(ArgumentError, match=r"time: got .*a number, of seconds if no unit"):
+        parse_s(text)
 
 
 @given(st.integers(0, 2**45))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from foveal.core.errors import ArgumentError
-from foveal.core.units import parse_bytes
+from foveal.core.units import parse_bytes, parse_s
 from foveal.engine.gate import Tolerance
 from foveal.engine.llm import LLM
 from foveal.engine.policies.catalogue import find_policy
@@ -78,7 +78,7 @@ def open_session(llm: LLM, options: dict[str, Any], load_state: Path | None) -> 
 
 
 def read_policy(name: str, settings: Sequence[str]) -> Policy:
-    """The policy of this name with settings such as `minimum=32` or `budget=16MiB`."""
+    """The policy of this name with settings such as `mass=0.9`, `budget=16MiB`, `latency=20ms`."""
     policy = find_policy(name)
     hints = get_type_hints(type(policy))
     known = [field.name for field in fields(policy)]
@@ -93,11 +93,7 @@ def read_policy(name: str, settings: Sequence[str]) -> Policy:
 
 
 def _value(setting: str, text: str, kinds: Sequence[type]) -> int | float | str:
+    name = f"set {setting.partition('=')[0]}"
     if int in kinds:
-        return parse_bytes(text, f"set {setting.partition('=')[0]}")
-    if float not in kinds:
-        return text
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ArgumentError("set", repr(setting), "a number") from error
+        return parse_bytes(text, name)
+    return parse_s(text, name) if float in kinds else text

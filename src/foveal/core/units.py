@@ -8,6 +8,19 @@ _BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
 
 
+_TIME = re.compile(r"^\s*(\d+(?:\.\d+)?(?:e-?\d+)?)\s*(s|ms|us|µs)?\s*$", re.IGNORECASE)
+_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
+
+
+def parse_s(text: str, argument: str = "time") -> float:
+    """`20ms` -> 0.02; a bare number is seconds."""
+    match = _TIME.match(text)
+    if match is None:
+        raise ArgumentError(argument, repr(text), "a number, of seconds if no unit such as ms says")
+    number, unit = match.groups(default="")
+    return float(number) * _SECONDS[unit.lower()]
+
+
 def parse_bytes(text: str, argument: str = "size") -> int:
     """`200MiB` -> 209715200; `1.5GB` -> 1500000000; a bare number is bytes.
 
