@@ -7,7 +7,7 @@
 
 The policy says what is remembered. Tokens are computed in steps of at most `chunk`; how a text
 falls into steps changes results by rounding only, because every query sees just what the policy
-promises, in a step of any size.
+promises, in a step of any size; but where a step shares what it recalls (`Policy.shared_steps`).
 """
 
 import math
@@ -178,11 +178,13 @@ class Session:
     def stats(self) -> SessionStats:
         """Counts for reports."""
         kept, gate = self._memory.stream.window.span, self._memory.gate
+        cache = self._memory.cache.stats
+        gone = cache.forgotten_tokens
         return SessionStats(
             num_tokens=self.num_tokens,
-            num_forgotten=max(0, self.num_tokens - kept),
+            num_forgotten=max(0, self.num_tokens - kept) if gone is None else gone,
             bits_per_token=self._bits / self._num_predicted if self._num_predicted else None,
-            cache=self._memory.cache.stats,
+            cache=cache,
             need=self.need,
             drift=None if gate is None else gate.stats,
         )

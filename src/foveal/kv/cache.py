@@ -186,6 +186,12 @@ class CacheStats:
     """How often what was there had to be copied into a larger allocation."""
 
     @property
+    def forgotten_tokens(self) -> int | None:
+        """Tokens of all sequences that are gone for good, from a cache that keeps more than its
+        window; None from others."""
+        return None
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         """Lines for a reader, of caches with more to tell: their stats are a class of their own."""
         return ()

@@ -88,10 +88,11 @@ class RecallConfig:
 class RecallStats(CacheStats):
     """What a cache holds, and what it has fetched back."""
 
+    page_size: int
     num_retired: int
     """Pages in the tiers."""
     num_forgotten: int
-    """Pages dropped because the tiers were full, since this cache was made."""
+    """Pages dropped because the tiers were full."""
     num_steps: int
     """Steps since this cache was made in which there was something to recall."""
     fetched_bytes: int
@@ -99,6 +100,11 @@ class RecallStats(CacheStats):
     summary_bytes: int
     """Of the allocated bytes, those of summaries."""
     tiers: tuple[TierStats, ...]
+
+    @property
+    def forgotten_tokens(self) -> int:
+        """See `CacheStats`."""
+        return self.num_forgotten * self.page_size
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -141,7 +147,7 @@ class RecallCache:
             place=config.place(size),
             ranking=config.ranking,
         )
-        self._num_forgotten = self._num_steps = 0
+        self._num_steps = 0
 
     @property
     def length(self) -> int:
@@ -181,6 +187,8 @@ class RecallCache:
         """Counts for reports."""
         hot, told = self._hot.stats, self._recollection
         tiers = self._tiers.stats
+        num_retired = len(self._tiers.keys)
+        passed_by = sum(max(0, t.evicted - self.window.sinks) for t in self._hot.tables)
         in_memory = sum(tier.num_pages for tier in tiers if tier.name != "frozen")
         return RecallStats(
             length=self.length,
@@ -188,8 +196,9 @@ class RecallCache:
             used_bytes=hot.used_bytes + in_memory * self._tiers.page_bytes,
             allocated_bytes=self.nbytes,
             num_growths=0,
-            num_retired=len(self._tiers.keys),
-            num_forgotten=self._num_forgotten,
+            page_size=self._tiers.page_size,
+            num_retired=num_retired,
+            num_forgotten=passed_by // self._tiers.page_size - num_retired,
             num_steps=self._num_steps,
             fetched_bytes=told.num_fetched * self._tiers.layout.layer_bytes,
             summary_bytes=self._summaries.nbytes,
@@ -273,7 +282,6 @@ class RecallCache:
         surplus = max(0, len(held) + len(due) - self._summaries.capacity)
         self._tiers.drop(held[:surplus])
         self._summaries.forget(row, [part for _, part in held[:surplus]])
-        self._num_forgotten += surplus
         passed_by = max(0, surplus - len(held))
         for part in due[:passed_by]:
             self._hot.give_up(row, part)
@@ -300,7 +308,6 @@ class RecallCache:
             forgotten = self._tiers.retire(keys, self._staging, range(len(parts)))
         for other, part in forgotten:
             self._summaries.forget(other, [part])
-        self._num_forgotten += len(forgotten)
         self._summaries.hold(row, parts)
         for part in parts:
             self._hot.give_up(row, part)

@@ -45,7 +45,7 @@ class Recall(Policy):
 
     budget: int | None = None
     """Bytes that a step may fetch, in all layers; None for a quarter of the window."""
-    retired: int = 256 * 2**20
+    retired: int = 64 * 2**20
     """Bytes of host memory for retired pages; 0 for none, if there is a file."""
     frozen: str | None = None
     """A file for those that memory does not hold."""
