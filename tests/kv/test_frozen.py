@@ -232,6 +232,15 @@ check(tiers.keys)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 tiers.retire([(0, part)], store, [part % 8])
 check(tiers.keys)
+tiers.close()
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+path = Path(sys.argv[1]).with_name("forgetful")
+configs = [configs[0], TierConfig(name="frozen", tokens=160, path=path)]
+tiers = Tiers(shape, 4, configs, forget=True)
+forgotten = sum((tiers.retire([(0, part)], store, [part % 8]) for part in range(40)), [])
+assert forgotten == [(0, i) for i in range(32)] and tiers.keys == [(0, i) for i in range(32, 40)]
+check(tiers.keys)
 """
     process = child(code, path)
     out, err = process.communicate(timeout=60)

@@ -103,8 +103,8 @@ class Chain:
                     self.shelves[page.level].release(page, page.slot)
 
     def read(self, layer: int, pages: Sequence[Page], arena: Arena) -> torch.Tensor:
-        """One layer of pages, uint8 [n, R] on the device, in the arena unless it was read ahead;
-        until the second call of `prefetch` from now. Raises `LoadError`."""
+        """One layer of pages, uint8 [n, R] on the device; in the arena unless it was read ahead.
+        Raises `LoadError`."""
         start, out = perf_counter(), self._from_ahead(layer, pages)
         ahead = out is not None
         out = arena.take((len(pages), self._layer_bytes), torch.uint8) if out is None else out
@@ -245,7 +245,7 @@ class Chain:
             for shelf in self.shelves[: page.level]:
                 shelf.misses += 1
             self.shelves[page.level].use(page)
-        self.shelves[max(page.level for page in pages)].waited_s += waited_s
+        self.shelves[max((page.level for page in pages), default=0)].waited_s += waited_s
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
