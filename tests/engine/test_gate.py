@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from foveal.bench.memory import counted_peak
 from foveal.core.errors import ArgumentError, BudgetExceeded, DriftExceeded
 from foveal.engine.gate import Tolerance, finer, rounds
 from foveal.engine.llm import LLM
@@ -137,6 +138,21 @@ def test_the_reference_is_paid_for(llm: LLM) -> None:
     assert watched.need.step_bytes > plain.need.step_bytes
     with pytest.raises(BudgetExceeded, match="reference: "):
         session(llm, tolerance=LOOK, memory=plain.need.total_bytes)
+
+
+def test_the_estimate_of_a_step_holds_while_it_looks(llm: LLM) -> None:
+    for chunk, kv in ((8, "int8"), (16, "int4-channel")):
+        tolerance = replace(LOOK, kl=10)
+        watched = Session(llm, window=WINDOW, kv=kv, chunk=chunk, tolerance=tolerance)
+        watched.feed(TEXT[:40])
+        taken = counted_peak(lambda: watched.feed(TEXT[40:140]))  # noqa: B023
+        assert watched.stats.drift.num_looks == 1
+        assert taken <= watched.need.step_bytes <= 20 * taken
+
+
+def test_a_policy_whose_cache_cannot_be_poured_is_refused(llm: LLM) -> None:
+    with pytest.raises(ArgumentError, match="policy: got RecallCache; accepted: one whose cache"):
+        Session(llm, window=WINDOW, kv="int8", policy="recall", tolerance=LOOK)
 
 
 def test_a_cap_without_room_for_more_precision_says_so(llm: LLM) -> None:
