@@ -104,7 +104,7 @@ class Scores:
     @property
     def values(self) -> dict[str, float | None]:
         """For a finding."""
-        found = self.bits.named("bits per token_bits")
+        found = self.bits.named("text_bits")
         for divergence in self.divergences:
             found |= divergence.values
         return {**found, "held_bytes": self.held_bytes, "per token_s": self.s_per_token}
@@ -125,7 +125,7 @@ class Recalled:
     @property
     def values(self) -> dict[str, float | None]:
         """For a finding."""
-        return {**self.bits.named("bits per token_bits"), "right_share": self.hits}
+        return {**self.bits.named("text_bits"), "right_share": self.hits}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

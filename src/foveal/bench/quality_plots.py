@@ -151,11 +151,11 @@ def _recall(members: Members, title: str) -> Canvas:
         for policy, group in _by(shown, "policy").items():
             told = [f for f in group if f.subject["after"] != NEVER]
             distances = [int(f.subject["after"]) for f in told]
-            names = ("bits per token_bits", "± bits per token_bits")
+            names = ("text_bits", "± text_bits")
             bits, errors = (_known(f.values[name] for f in told) for name in names)
             axes.errorbar(distances, bits, errors, **_line(policy), marker="o", capsize=3)
         fresh = [f for f in shown if f.subject["after"] == NEVER and f.subject["policy"] != FULL]
-        levels = _known(f.values["bits per token_bits"] for f in fresh)
+        levels = _known(f.values["text_bits"] for f in fresh)
         label = f"{NEVER}, least and most"
         axes.axhspan(min(levels), max(levels), color=MUTED, alpha=0.4, linewidth=1, label=label)
         style(axes, f"{span} tokens kept", "bits per token of it", "tokens since it was told")

@@ -1,6 +1,5 @@
 """`foveal bench`: measure, hold against float64, keep every sample, and show."""
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,8 @@ from foveal.cli.bench_kv import kv
 from foveal.cli.bench_quality import quality
 from foveal.cli.bench_stream import bursts, stream
 from foveal.cli.bench_weights import weights
-from foveal.core.errors import ArgumentError, ConfigError
+from foveal.cli.given import integers, require_matplotlib, words
+from foveal.core.errors import ArgumentError
 
 bench = typer.Typer(
     name="bench",
@@ -69,20 +69,20 @@ def attention(
 
     if quick and full:
         raise ArgumentError("--quick", "--full as well", "one of them")
-    _require_matplotlib(plot)
+    require_matplotlib(plot)
     runs.attention(
         size="quick" if quick else "full" if full else "default",
         factors={
-            "lengths": _integers("--lengths", lengths),
-            "heads": _integers("--heads", heads),
-            "kv_heads": _integers("--kv-heads", kv_heads),
-            "head_dims": _integers("--head-dim", head_dim),
-            "masks": _words(mask),
-            "phases": _words(phase),
-            "dtypes": runs.dtypes(_words(dtype)),
+            "lengths": integers("--lengths", lengths),
+            "heads": integers("--heads", heads),
+            "kv_heads": integers("--kv-heads", kv_heads),
+            "head_dims": integers("--head-dim", head_dim),
+            "masks": words(mask),
+            "phases": words(phase),
+            "dtypes": runs.dtypes(words(dtype)),
             "devices": (device,),
         },
-        backends=runs.backends(_words(backend), flex),
+        backends=runs.backends(words(backend), flex),
         output=runs.Output(out=out, plot=plot, as_json=as_json),
         budget_s=budget,
         calibrate=calibrate,
@@ -103,7 +103,7 @@ def stability(
     """
     from foveal.cli import bench_runs as runs
 
-    runs.stability(runs.backends(_words(backend), flex), runs.dtypes(_words(dtype)), as_json)
+    runs.stability(runs.backends(words(backend), flex), runs.dtypes(words(dtype)), as_json)
 
 
 @bench.command()
@@ -121,7 +121,7 @@ def plot(
     """
     from foveal.cli import bench_runs as runs
 
-    _require_matplotlib(out)
+    require_matplotlib(out)
     runs.draw(file, out, series)
 
 
@@ -134,20 +134,3 @@ def table(file: File) -> None:
     from foveal.cli import bench_runs as runs
 
     runs.table(file)
-
-
-def _require_matplotlib(target: Path | None) -> None:
-    """Before anything is measured, not after."""
-    if target is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"{target} needs matplotlib: pip install 'foveal[plots]'")
-
-
-def _words(text: Some) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",")) if text else ()
-
-
-def _integers(option: str, text: Some) -> tuple[int, ...]:
-    for word in _words(text):
-        if not word.isdecimal():
-            raise ArgumentError(option, repr(word), "whole numbers, separated by commas")
-    return tuple(map(int, _words(text)))

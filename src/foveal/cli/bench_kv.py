@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foveal.cli import sampling
-from foveal.cli.bench_stream import AsJson, Plot, require_matplotlib, words
+from foveal.cli.bench_stream import AsJson, Plot
+from foveal.cli.given import integers, require_matplotlib, words
 from foveal.core.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def kv(
         tile_tokens=tile_tokens,
         tokens=tokens,
         model=model,
-        lengths=_integers("lengths", lengths),
+        lengths=integers("lengths", lengths),
         cap_bytes=parse_bytes(cap, "cap"),
     )
     run = run_of("cpu", {}, False)
@@ -130,10 +131,3 @@ _PARTS = {
     "formats": _formats,
     "memory": _memory,
 }
-
-
-def _integers(option: str, text: str) -> tuple[int, ...]:
-    for word in words(text):
-        if not word.isdecimal():
-            raise ArgumentError(option, repr(word), "whole numbers, separated by commas")
-    return tuple(map(int, words(text)))

@@ -1,13 +1,12 @@
 """`foveal bench quality`: what remembering less costs, on a text, against full attention."""
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from foveal.cli import sampling
-from foveal.core.errors import ArgumentError, ConfigError
+from foveal.cli.given import integers, require_matplotlib, words
 
 Some = str | None
 
@@ -18,8 +17,9 @@ def quality(
         Path | None, typer.Option(help="Text in UTF-8. Default: held-out standard library.")
     ] = None,
     part: Annotated[
-        Some, typer.Option(help="Some of context,policies,sinks,precision,recall,mass, or none.")
-    ] = None,
+        str,
+        typer.Option(help="Some of context,policies,sinks,precision,recall,mass; all, or none."),
+    ] = "all",
     tokens: Annotated[int, typer.Option(min=1, help="Read by each candidate.")] = 51_200,
     length: Annotated[int, typer.Option(min=2, help="Of a passage beyond the context.")] = 8192,
     policies: Annotated[Some, typer.Option(help="Such as sinks,window. Default: all.")] = None,
@@ -52,32 +52,20 @@ def quality(
     from foveal.bench.quality_parts import Settings
     from foveal.cli import bench_quality_runs as runs
 
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install 'foveal[plots]'")
+    require_matplotlib(plot)
     settings = Settings(
         tokens=tokens,
         length=length,
-        policies=_words(policies),
-        windows=_integers("--windows", windows),
-        sinks=_integers("--sinks", sinks),
-        kv=_words(kv),
-        distances=_integers("--distances", distances),
+        policies=words(policies),
+        windows=integers("--windows", windows),
+        sinks=integers("--sinks", sinks),
+        kv=words(kv),
+        distances=integers("--distances", distances),
         facts=facts,
     )
     runs.quality(
-        runs.parts(_words(part)),
+        runs.parts(words(part)),
         settings,
         runs.Subject(model=model, file=file, dtype=dtype, device=device, backend=backend),
         runs.Output(out=out, plot=plot, table=table, as_json=as_json),
     )
-
-
-def _words(text: Some) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",")) if text else ()
-
-
-def _integers(option: str, text: Some) -> tuple[int, ...]:
-    for word in _words(text):
-        if not word.isdecimal():
-            raise ArgumentError(option, repr(word), "whole numbers, separated by commas")
-    return tuple(map(int, _words(text)))

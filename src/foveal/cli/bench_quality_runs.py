@@ -21,11 +21,11 @@ from foveal.engine.llm import LLM
 from foveal.models.fingerprint import fingerprint
 
 LEGEND = (
-    "tokens: kept of the stream, sinks + window. bits per token: mean, and standard error over "
-    "blocks of 256 tokens. full: attention to everything before; recompute: the last tokens "
+    "tokens: kept of the stream, sinks included. text bits: per token, mean; ±: its standard error, "
+    "over blocks of 256 tokens. full: attention to everything before; recompute: the last tokens "
     "computed afresh for every eighth of a window. more than: bits per token beyond the reference, "
     "token by token. KL: divergence of the next token's distribution from the reference's, bits. "
-    "held: keys and values at the end of a passage. token: time per token, read in steps, median."
+    "held: keys and values at the end of a passage. per token: time, median over steps."
 )
 
 
@@ -60,13 +60,13 @@ class Output:
 
 
 def parts(names: Sequence[str]) -> tuple[str, ...]:
-    """Those asked for in their order, else all. Raises `ArgumentError` for an unknown one."""
-    if list(names) == ["none"]:
-        return ()
+    """Those asked for, in the order of `PARTS`. Raises `ArgumentError` for an unknown one."""
+    if list(names) in (["all"], ["none"]):
+        return PARTS if list(names) == ["all"] else ()
     for name in names:
         if name not in PARTS:
-            raise ArgumentError("--part", repr(name), f"{', '.join(PARTS)}, or none alone")
-    return tuple(part for part in PARTS if part in names or not names)
+            raise ArgumentError("--part", repr(name), f"{', '.join(PARTS)}; all, or none")
+    return tuple(part for part in PARTS if part in names)
 
 
 def quality(chosen: Sequence[str], settings: Settings, subject: Subject, output: Output) -> None:
@@ -117,7 +117,8 @@ def _task(bar: Progress) -> Callable[[str, int], Callable[[], object]]:
 def _show(findings: list[Finding], output: Output) -> None:
     if not output.as_json:
         console = wide_console()
-        for found in tables.rich_tables(findings):
+        for title, found in tables.rich_tables(findings):
+            console.print(title, style="italic", highlight=False, markup=False)
             console.print(found)
         console.print(LEGEND, highlight=False)
     if output.table is not None:

@@ -1,6 +1,5 @@
 """`foveal bench stream` and `foveal bench bursts`: a text without end, and tokens by the clock."""
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foveal.cli import sampling
-from foveal.core.errors import ConfigError
+from foveal.cli.given import require_matplotlib, words
 
 if TYPE_CHECKING:
     from foveal.bench.finding import Finding
@@ -139,17 +138,6 @@ def bursts(
         session.close()
 
     collect(findings(), Output(out=out, plot=plot, as_json=as_json))
-
-
-def words(text: str) -> tuple[str, ...]:
-    """`a, b` -> ("a", "b")."""
-    return tuple(word.strip() for word in text.split(","))
-
-
-def require_matplotlib(target: Path | None) -> None:
-    """Before anything is measured, not after."""
-    if target is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"{target} needs matplotlib: pip install 'foveal[plots]'")
 
 
 def _policies(text: str) -> tuple[str, ...]:

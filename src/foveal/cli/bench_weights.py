@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foveal.cli import sampling
-from foveal.cli.bench_stream import AsJson, Out, Plot, require_matplotlib, words
+from foveal.cli.bench_stream import AsJson, Out, Plot
+from foveal.cli.given import require_matplotlib, words
 
 if TYPE_CHECKING:
     from foveal.bench.finding import Finding
