@@ -251,6 +251,17 @@ def test_states_and_forks_go_on_to_the_bit(distances: str) -> None:
             assert torch.equal(ours[1], theirs[1])
 
 
+@pytest.mark.parametrize("distances", ["exact", "clamped"])
+def test_a_step_that_stops_half_way_leaves_no_trace(distances: str) -> None:
+    page_bytes = make()._tiers.page_bytes
+    whole, broken = (Stream(make(2 * page_bytes, distances)) for _ in range(2))
+    for seed, num in enumerate([30, 1, 13, 5]):
+        step = places([whole.cache.length] * 2, num)
+        broken.cache.append(0, torch.ones(2, 2, 9, 8), torch.ones(2, 2, 9, 6))
+        for ours, theirs in zip(whole.step(step, seed), broken.step(step, seed), strict=True):
+            assert torch.equal(ours[1], theirs[1])
+
+
 def test_truncates_what_has_not_retired() -> None:
     cache = make()
     stream = Stream(cache)
