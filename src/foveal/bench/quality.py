@@ -18,6 +18,8 @@ from foveal.bench.finding import Column
 
 FULL = "full"
 RECOMPUTE = "recompute"
+AGAINST = {FULL: "against full attention", RECOMPUTE: "against the window computed afresh"}
+"""References, and how the titles of findings end that compare with them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,13 +76,12 @@ class Divergence:
     @property
     def values(self) -> dict[str, float | None]:
         """For a finding."""
-        against = self.reference.policy
         return {
-            **self.more.named(f"more than {against}"),
-            f"KL to {against}": self.kl_mean,
-            f"KL p99 to {against}": self.kl_p99,
-            f"KL max to {against}": self.kl_max,
-            f"same top-1 as {against}_share": self.agreement,
+            **self.more.named("more"),
+            "KL": self.kl_mean,
+            "KL p99": self.kl_p99,
+            "KL max": self.kl_max,
+            "top-1_share": self.agreement,
         }
 
 
@@ -101,13 +102,13 @@ class Scores:
     curve: dict[str, Column]
     """`position`, one after the last of a stretch, and its mean `bits` over all passages."""
 
-    @property
-    def values(self) -> dict[str, float | None]:
-        """For a finding."""
+    def values(self, against: str) -> dict[str, float | None]:
+        """For a finding that compares with the reference of this policy's name, if there is one."""
         found = self.bits.named("text_bits")
+        found |= {"held_bytes": self.held_bytes, "per token_s": self.s_per_token}
         for divergence in self.divergences:
-            found |= divergence.values
-        return {**found, "held_bytes": self.held_bytes, "per token_s": self.s_per_token}
+            found |= divergence.values if divergence.reference.policy == against else {}
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from foveal.bench.finding import Column, Finding
-from foveal.bench.quality import FULL, RECOMPUTE, Candidate
+from foveal.bench.quality import AGAINST, FULL, RECOMPUTE, Candidate
 from foveal.bench.quality_mass import masses
 from foveal.bench.quality_readers import StreamReader, open_reader
 from foveal.bench.quality_recall import plan, remember
@@ -189,7 +189,7 @@ class Bench:
         against: Sequence[str],
     ) -> Iterator[Finding]:
         """References first, then each candidate that can be."""
-        title = f"{self.source.name}: {reading}"
+        titles = {kind: f"{self.source.name}: {reading}; {AGAINST[kind]}" for kind in against}
         full = [self._entrant(self.candidate(FULL, reading.length))] if FULL in against else []
         spans = sorted({c.span for c in candidates}) if RECOMPUTE in against else []
         windows = {span: self._entrant(self.candidate(RECOMPUTE, span), *full) for span in spans}
@@ -199,12 +199,16 @@ class Bench:
             try:
                 entrants.append(self._entrant(candidate, *references))
             except Refusal as refusal:
-                yield self._refused(part, title, candidate, refusal)
+                yield self._refused(part, titles[against[-1]], candidate, refusal)
         read_all(entrants, reading, self.progress(part, reading.num_steps * len(entrants)))
+        scored = [(entrant.candidate, entrant.scores(reading)) for entrant in entrants]
         for entrant in entrants:
             entrant.reader.close()
-            scores = entrant.scores(reading)
-            yield self._finding(part, title, entrant.candidate.subject, scores.values, scores.curve)
+        for kind, title in titles.items():
+            for candidate, scores in scored:
+                values = scores.values(kind)
+                if candidate.policy == kind or "KL" in values:
+                    yield self._finding(part, title, candidate.subject, values, scores.curve)
 
     def _entrant(self, candidate: Candidate, *references: Entrant) -> Entrant:
         return Entrant(open_reader(self.llm, candidate, self.source.begin), references)

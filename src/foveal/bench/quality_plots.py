@@ -16,7 +16,7 @@ from typing import Any
 from foveal.bench.canvas import Canvas, in_full, logarithmic, style
 from foveal.bench.finding import Finding, newest
 from foveal.bench.plots import INK, MUTED
-from foveal.bench.quality import FULL, RECOMPUTE
+from foveal.bench.quality import AGAINST, FULL, RECOMPUTE
 
 LINES = {
     FULL: ("#222222", ":", 1.8),
@@ -66,8 +66,8 @@ def _windows(members: Members, title: str) -> Canvas:
     """Divergence from full attention over the tokens kept."""
     canvas = Canvas(members, title, columns=2, foot=FOOT, note=_note(members))
     panels = {
-        "KL to full": "KL divergence from full attention, mean",
-        "KL p99 to full": "The same, 99th percentile",
+        "KL": "KL divergence from full attention, mean",
+        "KL p99": "The same, 99th percentile",
     }
     for axes, (name, heading) in zip(canvas.panels, panels.items(), strict=True):
         for policy, group in _by(members, "policy").items():
@@ -84,6 +84,7 @@ def _windows(members: Members, title: str) -> Canvas:
 
 def _positions(members: Members, title: str) -> Canvas:
     """The policies that keep most, over position."""
+    members = [finding for finding in members if finding.title.endswith(AGAINST[FULL])]
     canvas = Canvas(members, title, columns=2, foot=FOOT, note=_note(members))
     whole, close = canvas.panels
     largest = max(_span(f) for f in members if f.subject["policy"] != FULL)
@@ -107,14 +108,13 @@ def _positions(members: Members, title: str) -> Canvas:
 
 def _sinks(members: Members, title: str) -> Canvas:
     """A panel for each number of tokens kept, because their scales differ."""
-    name = f"more than {RECOMPUTE}"
-    streams = [f for f in members if name in f.values]
+    streams = [f for f in members if "more" in f.values]
     spans = sorted({_span(f) for f in streams})
     canvas = Canvas(members, title, columns=len(spans), note=_note(members))
     for axes, span in zip(canvas.panels, spans, strict=True):
         group = [f for f in streams if _span(f) == span]
         labels = [f.subject["sinks + window"].split(" + ")[0] for f in group]
-        values, errors = (_known(f.values[key] for f in group) for key in (name, f"± {name}"))
+        values, errors = (_known(f.values[key] for f in group) for key in ("more", "± more"))
         axes.errorbar(labels, values, errors, **_line("sinks"), marker="o", capsize=4)
         axes.axhline(0, color=MUTED, linewidth=1, linestyle=":")
         heading = f"{span} tokens kept in all"
@@ -125,8 +125,8 @@ def _sinks(members: Members, title: str) -> Canvas:
 def _precision(members: Members, title: str) -> Canvas:
     canvas = Canvas(members, title, foot=FOOT, note=_note(members))
     (axes,) = canvas.panels
-    coded = [f for f in members if "KL to full" in f.values]
-    names = {"KL to full": "mean", "KL p99 to full": "99th percentile", "KL max to full": "maximum"}
+    coded = [f for f in members if "KL" in f.values]
+    names = {"KL": "mean", "KL p99": "99th percentile", "KL max": "maximum"}
     for shift, (name, label) in enumerate(names.items()):
         places = [place + (shift - 1) * 0.27 for place in range(len(coded))]
         heights = _known(f.values[name] for f in coded)

@@ -21,11 +21,12 @@ from foveal.engine.llm import LLM
 from foveal.models.fingerprint import fingerprint
 
 LEGEND = (
-    "tokens: kept of the stream, sinks included. text bits: per token, mean; ±: its standard error, "
-    "over blocks of 256 tokens. full: attention to everything before; recompute: the last tokens "
-    "computed afresh for every eighth of a window. more than: bits per token beyond the reference, "
-    "token by token. KL: divergence of the next token's distribution from the reference's, bits. "
-    "held: keys and values at the end of a passage. per token: time, median over steps."
+    "tokens: kept of the stream, sinks included. text bits: per token, mean. ±: standard error, of "
+    "blocks of 256 tokens. full: attention to all that came before; recompute: the last tokens "
+    "computed afresh for every eighth of a window. held: keys and values at the end of a passage. "
+    "per token: time, median over steps. more: bits per token beyond the reference's, mean. KL: "
+    "divergence of the next token's distribution from the reference's, bits. top-1: share of "
+    "tokens at which both hold the same one for the likeliest."
 )
 
 
