@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from foveal.kernels.cpu import library
 
@@ -30,6 +31,12 @@ def native() -> Native:
         return Native(present=False, detail=str(reason), remedy=remedy)
     threads = "PyTorch's threads" if found.foveal_has_threads() else "one thread, no OpenMP found"
     return Native(present=True, detail=f"{_SPOKEN[library.isa()]}, {threads}")
+
+
+@cache
+def present() -> bool:
+    """The same in one word, and asked once."""
+    return native().present
 
 
 def native_isa() -> str | None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from foveal.core.dtypes import accumulate_dtype
+from foveal.kernels.cpu.rows import rms_norm, serves
 
 
 class NormKind(Enum):
@@ -45,6 +46,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype as `x`."""
+        if serves(x) and self.weight.dtype == x.dtype:
+            return rms_norm(x, self.weight, self.eps, self.offset)
         wide = accumulate_dtype(x.dtype)
         weight = self.weight.to(wide)
         if self.offset:

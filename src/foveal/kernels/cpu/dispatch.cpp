@@ -39,7 +39,7 @@ using namespace foveal;
 
 // To be raised whenever a structure or a function here changes: the binding compares it with its
 // own, so that a library from an older build is refused instead of called.
-FOVEAL_EXPORT int64_t foveal_version() { return 3; }
+FOVEAL_EXPORT int64_t foveal_version() { return 4; }
 
 // The name of the i-th instruction set that this processor can run, best last; null behind the last.
 FOVEAL_EXPORT const char* foveal_isa_name(int64_t i) {
@@ -75,4 +75,12 @@ FOVEAL_EXPORT void foveal_attention_forward(const AttentionForward* call) {
 FOVEAL_EXPORT void foveal_linear(const Linear* linear, const float* x, int64_t rows, int64_t stride,
                                  float* y, int64_t num_threads) {
   in_use->linear(*linear, {x, rows, stride, y}, num_threads);
+}
+
+FOVEAL_EXPORT void foveal_rms_norm(const RmsNorm* call, int64_t num_threads) {
+  in_use->rms_norm(*call, num_threads);
+}
+
+FOVEAL_EXPORT void foveal_rotate(const Rotate* call, int64_t num_threads) {
+  in_use->rotate(*call, num_threads);
 }

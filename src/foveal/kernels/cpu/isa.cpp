@@ -8,6 +8,8 @@ namespace FOVEAL_ISA {
 
 void attention_forward(const AttentionForward& call);
 void linear(const Linear& linear, const Activations& in, int64_t num_threads);
+void rms_norm(const RmsNorm& call, int64_t num_threads);
+void rotate(const Rotate& call, int64_t num_threads);
 
 namespace {
 
@@ -63,6 +65,8 @@ const Kernels FOVEAL_TABLE(FOVEAL_ISA) = {
     FOVEAL_ISA::evaluate,
     FOVEAL_ISA::attention_forward,
     FOVEAL_ISA::linear,
+    FOVEAL_ISA::rms_norm,
+    FOVEAL_ISA::rotate,
 };
 
 }  // namespace foveal

@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "rows.h"
 
 namespace foveal {
 
@@ -17,6 +18,8 @@ struct Kernels {
   void (*evaluate)(Function function, const float* x, float* y, int64_t count);
   void (*attention_forward)(const AttentionForward& call);
   void (*linear)(const Linear& linear, const Activations& in, int64_t num_threads);
+  void (*rms_norm)(const RmsNorm& call, int64_t num_threads);
+  void (*rotate)(const Rotate& call, int64_t num_threads);
 };
 
 #if defined(__x86_64__)

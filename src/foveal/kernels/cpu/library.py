@@ -20,7 +20,7 @@ import torch  # noqa: F401  brings the OpenMP runtime that the library looks for
 import foveal.kernels.cpu
 from foveal.core.errors import ArgumentError
 
-VERSION = 3
+VERSION = 4
 """Of the library's functions and structures; a library that says another is not called."""
 
 _NAME = "libfoveal_cpu.so"
@@ -54,6 +54,8 @@ def open_library(path: Path) -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.foveal_linear.argtypes = [pointer, pointer, integer, integer, pointer, integer]
     library.foveal_linear.restype = None
+    for function in (library.foveal_rms_norm, library.foveal_rotate):
+        function.argtypes, function.restype = [pointer, integer], None
     return library
 
 
