@@ -9,6 +9,7 @@ slot p mod S of the sequence's page p // S.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Self
 
 import torch
@@ -338,7 +339,8 @@ class PagedCache:
         """Give up pages of nothing but positions below `first` that are no sinks."""
         assert self.window is not None
         size = self.store.page_size
-        for part in [p for p in table.pages if (p + 1) * size <= first]:
+        passed = takewhile(lambda part: (part + 1) * size <= first, table.pages)
+        for part in list(passed):
             if part * size >= self.window.sinks:
                 self.store.pool.release([table.pages.pop(part)])
                 table.evicted = (part + 1) * size
@@ -347,8 +349,8 @@ class PagedCache:
         """Give back pages that hold no token of a finished step."""
         size = self.store.page_size
         for table, end in zip(self.tables, self._slots.next.tolist(), strict=True):
-            parts = [part for part in table.pages if part * size >= end]
-            self.store.pool.release([table.pages.pop(part) for part in parts])
+            while table.pages and next(reversed(table.pages)) * size >= end:
+                self.store.pool.release([table.pages.popitem()[1]])
 
 
 def keep(store: PageStore, tables: Sequence[Mapping[int, int]]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ tables together with the store, as attention takes them.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from foveal.core.errors import ArgumentError
@@ -199,8 +200,9 @@ class PagedView:
         pages = torch.full((len(tables), num_columns), -1)
         parts = torch.zeros_like(pages)
         for row, table in enumerate(tables):
-            pages[row, : len(table)] = torch.tensor(list(table.values()), dtype=torch.int64)
-            parts[row, : len(table)] = torch.tensor(list(table), dtype=torch.int64)
+            count = len(table)  # by way of NumPy: a tensor of many Python integers is slow to make
+            pages[row, :count] = torch.from_numpy(np.fromiter(table.values(), np.int64, count))
+            parts[row, :count] = torch.from_numpy(np.fromiter(table, np.int64, count))
         return cls(
             store=store,
             layer=0,
