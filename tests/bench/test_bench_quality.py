@@ -219,8 +219,10 @@ def test_passages_are_spread_and_opened(llm: LLM, source: Source) -> None:
     passages = source.passages(100, 1000)
     assert len(passages) == 10 and {len(p) for p in passages} == {100}
     assert all(p[0] == llm.tokenizer.bos_id for p in passages)
-    assert passages[-1][1:] == list(source.ids[-99:])
-    assert len(source.passages(100, 10**9)) == len(source.ids) // 99
+    middle = (len(source.ids) - 99) // 2
+    assert source.passages(100, 100) == [[*source.begin, *source.ids[middle : middle + 99]]]
+    every = source.passages(100, 10**9)
+    assert len(every) == len(source.ids) // 99 and {len(p) for p in every} == {100}
     with pytest.raises(ArgumentError, match="text"):
         source.passages(len(source.ids) + 2, 10)
 

@@ -35,14 +35,15 @@ class Source:
         return hashlib.sha256(np.asarray(self.ids, dtype=np.int64).tobytes()).hexdigest()
 
     def passages(self, length: int, num_tokens: int) -> list[list[int]]:
-        """Passages of `length` tokens, of about `num_tokens` in all; fewer where the text is
-        shorter, none overlapping. Raises `ArgumentError` for a text shorter than one."""
+        """Passages of `length` tokens, of about `num_tokens` in all, each in the middle of its part
+        of the text; fewer where the text is shorter, none overlapping. Raises `ArgumentError` for
+        a text shorter than one."""
         inner = length - len(self.begin)
         count = min(max(1, round(num_tokens / length)), len(self.ids) // inner)
         if count < 1:
             accepted = f"at least the {length} tokens of one passage"
             raise ArgumentError("text", f"{len(self.ids)} tokens", accepted)
-        starts = np.linspace(0, len(self.ids) - inner, count).astype(int).tolist()
+        starts = [((2 * n + 1) * len(self.ids) // count - inner) // 2 for n in range(count)]
         return [[*self.begin, *self.ids[start : start + inner]] for start in starts]
 
 
