@@ -109,6 +109,9 @@ def test_everything_stays_visible_in_every_tier() -> None:
     assert hot == 2 + 2
     assert held.nbytes == 12 * held.tiers.page_bytes + 7 * held.tiers.page_bytes
     assert held.stats.capacity == (12 + 45) * 4
+    late = [tile.positions for tile in held.view(0).tiles(sight(first=41))]
+    seen = torch.cat([at.flatten() for at in late if at is not None])
+    assert int(seen[seen >= 0].min()) == 40, "no page is read that nobody sees"
 
 
 def test_a_warm_page_is_coded_once_whichever_way_it_goes() -> None:
@@ -183,6 +186,9 @@ def test_state_is_put_back_to_the_bit(tmp_path: Path) -> None:
     feed.step(held, [[-1, 0, 1, 2], [0, 1, 2, 3]])
     feed.both(held, 30)
     kept = {name: tensor.clone() for name, tensor in held.state().items()}
+    held.close()
+    held = cache(tiers({"cold": 40}))
+    held.restore(kept)
     other = cache(tiers({"warm": 2, "cold": 2, "frozen": 40}, tmp_path / "two"))
     other.restore(kept)
     assert other.length == held.length and other.tiers.keys == held.tiers.keys

@@ -217,6 +217,10 @@ class TieredCache:
         self._hot.reset()
         self._full = None
 
+    def close(self) -> None:
+        """Let go of the tiers; see `Tiers.close`."""
+        self.tiers.close()
+
     @classmethod
     def _of(cls, hot: PagedCache, tiers: Tiers, num_hot: int) -> Self:
         other = cls.__new__(cls)

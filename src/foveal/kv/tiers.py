@@ -98,7 +98,7 @@ class Tiers:
         if not names or names != sorted(set(names), key=_ORDER.index):
             raise ArgumentError("tiers", names, f"some of {', '.join(_ORDER)}, in this order")
         self.layout = PageLayout(shape, page_size, key_format=key_format, value_format=value_format)
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its number, where it has one
         self.forgets = forget
         self.arena = Arena(self.device)
         """For what `retire` encodes, and `read` where the caller has none."""
