@@ -29,7 +29,7 @@ class Reader(Protocol):
 
     @property
     def candidate(self) -> Candidate:
-        """What it is, settings included."""
+        """What it is, sinks and window as it has them."""
 
     @property
     def held_bytes(self) -> int:
