@@ -67,13 +67,13 @@ def read(
 ) -> Result:
     """Feed the source from here to its end, to the limit, or until Ctrl-C."""
     result = Result(Trail(session.config.chunk), offset)
-    with interruptible() as stop, _Monitor(session, source, offset, console) as monitor:
+    with interruptible() as stop, _Monitor(session, source, result, limit, console) as monitor:
         blocks = read_blocks(source, stop.is_set, start=offset)
         pending = session.opening
         try:
             for ids in _steps(blocks, llm, pending, session.config.chunk, limit, result):
                 _step(session, ids, result.trail)
-                monitor.show(result)
+                monitor.show()
         except FovealError as error:
             result.failure, result.next_byte = error, None
         result.stopped = stop.is_set()
@@ -121,11 +121,19 @@ def _step(session: Session, ids: list[int], trail: Trail) -> None:
 class _Monitor:
     """The progress bar; a context manager, so that the bar ends with it."""
 
-    def __init__(self, session: Session, source: io.FileIO, offset: int, console: Console) -> None:
-        facts = os.fstat(source.fileno())
-        total = facts.st_size - offset if facts.st_size else None
+    def __init__(
+        self,
+        session: Session,
+        source: io.FileIO,
+        result: Result,
+        limit: int | None,
+        console: Console,
+    ) -> None:
+        """`result`, which is filled as it goes, begins at the byte where the source stands."""
+        size, self._offset = os.fstat(source.fileno()).st_size, result.next_byte or 0
+        total = limit or (size - self._offset if size else None)
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        self._session, self._offset = session, offset
+        self._session, self._result, self._limit = session, result, limit
         self._room = console.width - _BAR_WIDTH
         self._progress = Progress(*columns, console=console)
         self._task = self._progress.add_task("", total=total)
@@ -137,12 +145,13 @@ class _Monitor:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def show(self, result: Result) -> None:
-        """Show how far the run is."""
-        total = result.trail.total
+    def show(self) -> None:
+        """Show how far the run is: in tokens if it has a limit, otherwise in bytes of the file."""
+        trail, byte = self._result.trail, self._result.next_byte
+        total = trail.total
         if not total.tokens:
             return
-        resident = result.trail.points[-1].resident_bytes
+        resident = trail.points[-1].resident_bytes
         bits = total.bits / max(1, total.num_predicted)
         facts = [
             f"{total.tokens:,} tokens",
@@ -154,7 +163,9 @@ class _Monitor:
         while len("  ".join(facts)) > self._room and len(facts) > 1:
             facts.pop()  # a narrow terminal shows whole facts, the first ones
         line = "  ".join(facts)
-        done = None if result.next_byte is None else result.next_byte - self._offset
+        done = None if byte is None else byte - self._offset
+        if self._limit is not None:
+            done = total.tokens
         self._progress.update(self._task, description=line, completed=done)
 
 
