@@ -73,7 +73,7 @@ class DynamicCache:
         cache: PagedCache,
         *,
         minimum: int,
-        mass: float = 0.99,
+        mass: float = 0.9,
         every: int = 16,
         target: Target | None = None,
     ) -> None:

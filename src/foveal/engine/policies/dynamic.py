@@ -36,8 +36,10 @@ class Dynamic(Policy):
 
     minimum: int | None = None
     """Tokens of the shortest reach; None for an eighth of the window."""
-    mass: float = 0.99
-    """The share of a head's attention, as observed, that its reach is to hold."""
+    mass: float = 0.9
+    """The share of a head's attention, as observed, that its reach is to hold. With 0.9 the bundled
+    model foresees as well as with the whole window, at 0.4 to 0.7 of it in the mean; it gives the
+    far end of any window some hundredths, so 0.99 narrows nothing."""
     latency: float | None = None
     """Seconds that a step may take in the median: a longer window is narrowed."""
     held: int | None = None
