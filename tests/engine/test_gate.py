@@ -54,7 +54,9 @@ def test_a_look_measures_the_divergence_from_a_stream_in_full_precision(llm: LLM
     assert torch.equal(ours, session(llm).logits(TEXT[:136])), "looking changes nothing"
 
 
-def test_beyond_the_tolerance_it_is_refined_until_nothing_is_rounded(llm: LLM) -> None:
+def test_beyond_the_tolerance_it_is_refined_until_nothing_is_rounded(
+    llm: LLM, tmp_path: Path
+) -> None:
     watched, exact = session(llm, tolerance=LOOK), session(llm, None)
     watched.feed(TEXT)
     exact.feed(TEXT)
@@ -73,6 +75,10 @@ def test_beyond_the_tolerance_it_is_refined_until_nothing_is_rounded(llm: LLM) -
     near = (watched.next_logits - exact.next_logits).abs().max()
     far = (session_fed(llm).next_logits - exact.next_logits).abs().max()
     assert near < far / 10
+    watched.save(tmp_path / "state")
+    loaded = Session.load(tmp_path / "state", llm)
+    assert loaded.stats == watched.stats and loaded.config == watched.config
+    assert torch.equal(loaded.feed(TEXT), watched.feed(TEXT))
 
 
 def session_fed(llm: LLM) -> Session:
