@@ -20,7 +20,7 @@ def quality(
         str,
         typer.Option(help="Some of context,policies,sinks,precision,recall,mass; all, or none."),
     ] = "all",
-    tokens: Annotated[int, typer.Option(min=1, help="Read by each candidate.")] = 51_200,
+    tokens: Annotated[int, typer.Option(min=1, help="Read by each candidate.")] = 57_344,
     length: Annotated[int, typer.Option(min=2, help="Of a passage beyond the context.")] = 8192,
     policies: Annotated[Some, typer.Option(help="Such as sinks,window. Default: all.")] = None,
     windows: Annotated[Some, typer.Option(help="Tokens kept, sinks included.")] = None,
@@ -29,7 +29,7 @@ def quality(
     distances: Annotated[
         str, typer.Option(help="Tokens after which a planted string is asked for.")
     ] = "64,128,256,384,768,1536,3072",
-    facts: Annotated[int, typer.Option(min=2, help="Strings planted.")] = 24,
+    facts: Annotated[int, typer.Option(min=2, help="Strings planted.")] = 16,
     out: Annotated[Path | None, typer.Option(help="Append records to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a picture of each part here.")] = None,
     table: Annotated[Path | None, typer.Option(help="Write all tables, as Markdown.")] = None,
