@@ -55,6 +55,7 @@ def test_a_stream_is_what_a_session_makes_of_it(llm: LLM, streamed: Finding) -> 
     bits = session.feed(ids)
     values = streamed.values
     assert values["token_bits"] == pytest.approx(float(bits[1:].mean()), rel=1e-4)
+    assert values["step_tokens"] == 16
     assert values["cache_bytes"] == session.stats.cache.allocated_bytes
     assert values["step_p50_of_all_s"] <= values["step_p99_of_all_s"] <= values["step_max_s"]
     assert streamed.curve["position"][-1] == 1000 and values["resident_bytes"] > 10**7
@@ -67,7 +68,7 @@ def test_a_text_of_ones_own_ends_the_stream(llm: LLM, run: Run, tmp_path: Path) 
     path.write_text("def größe(x):\n" * 10)
     found = measure(llm, Text(path), 10_000, SETTINGS, run)
     assert found.curve["position"][-1] == len(path.read_bytes())
-    assert found.title.endswith("tokens of text, steps of 16")
+    assert found.title.endswith("tokens of text")
     path.write_text("")
     with pytest.raises(ArgumentError, match="at least one token"):
         measure(llm, Text(path), 10, SETTINGS, run)

@@ -173,18 +173,23 @@ def measure(
 def _finding(samples: Samples, session: Session, text: Text, run: Run) -> Finding:
     config, stats = session.config, session.stats
     facts = policy_facts(config.policy)
-    policy = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "name")
+    given = {name: value for name, value in facts.items() if value is not None}
+    policy = ", ".join(f"{name} {value}" for name, value in given.items() if name != "name")
     position = samples.position
     return Finding(
         benchmark="stream",
         part="stream",
-        title=f"{position[-1]:,.0f} tokens of {text.name}, steps of {config.chunk}",
+        title=f"{position[-1]:,.0f} tokens of {text.name}",
         subject={
             "policy": f"{config.policy.name} ({policy})" if policy else config.policy.name,
             "kept": f"{config.sinks}+{config.window}",
             "kv": config.kv,
         },
-        values={**_values(samples), "cache_bytes": float(stats.cache.allocated_bytes)},
+        values={
+            "step_tokens": float(config.chunk),
+            **_values(samples),
+            "cache_bytes": float(stats.cache.allocated_bytes),
+        },
         checks=checks(samples, config.window + config.sinks),
         curve=_curve(samples),
         run=run,
