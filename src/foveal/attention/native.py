@@ -17,6 +17,7 @@ from foveal.core.dtypes import dtype_name
 from foveal.hardware.roofline import Estimate, Peaks, Work, roofline
 from foveal.kernels.available import native, native_isa
 from foveal.kernels.cpu.attention import ELEMENTS, Beside, Result, Rules, attention_forward
+from foveal.kernels.cpu.operators import attention_operator
 
 _SOFTMAX_FLOPS = 18
 """The softmax of one pair takes as long as so many FLOPs of a matrix product: about 9 of its 13
@@ -59,6 +60,8 @@ def forward(
 
     With `bounds`, of packed sequences, [1, H, tokens, Dv] and [1, H, tokens].
     """
+    if torch.compiler.is_compiling():
+        return _forward_as_operator(q, k, v, spec, operands)
     beside = Beside(
         mask=operands.mask,
         bias=operands.bias,
@@ -69,6 +72,21 @@ def forward(
         kv_bounds=None if bounds is None else torch.tensor(bounds.kv),
     )
     return attention_forward(q, k, v, _rules(spec), beside)
+
+
+def _forward_as_operator(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, operands: Operands
+) -> Result:
+    out, lse = attention_operator(
+        q,
+        k,
+        v,
+        *(operands.mask, operands.bias, operands.q_positions, operands.kv_positions),
+        *(operands.kv_lengths, None, None),
+        *(spec.resolved_scale, spec.softcap, spec.causal, spec.left, spec.right),
+        *(spec.chunk, spec.sinks, spec.alibi),
+    )
+    return out, lse
 
 
 def workspace_bytes(spec: AttentionSpec, workload: Workload) -> int:

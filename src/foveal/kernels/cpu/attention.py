@@ -5,8 +5,8 @@
 q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv] in float32, bfloat16 or float16, with any
 strides but contiguous channels; sums in float32. Packed sequences are one batch of all tokens,
 [1, H, tokens, D], with the bounds of each. The algorithm is described in attention_forward.cpp,
-which queries see which keys in visibility.h. Calls go straight to the library, in about 10 us less
-than through PyTorch's dispatcher.
+which queries see which keys in visibility.h. Calls go straight to the library; compilers take the
+way through `operators.py`.
 """
 
 import ctypes
@@ -101,8 +101,7 @@ def attention_forward(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len, value_dim = v.shape[1:]
-    out = _like(q, value_dim)
-    lse = q.new_empty((batch, heads, q_len), dtype=torch.float32)
+    out, lse = new_result(q, v)
     pairs = (batch, heads, q_len, kv_len)
     mask = None if beside.mask is None else beside.mask.expand(pairs)
     bias = None if beside.bias is None else beside.bias.float().expand(pairs)
@@ -124,12 +123,14 @@ def attention_forward(
     return out, lse
 
 
-def _like(q: torch.Tensor, value_dim: int) -> torch.Tensor:
-    """[B, H, Lq, Dv], heads side by side in each token if they are so in q."""
+def new_result(q: torch.Tensor, v: torch.Tensor) -> Result:
+    """Room for `out`, with heads side by side in each token if they are so in q, and `lse`."""
     batch, heads, q_len, _ = q.shape
+    lse = q.new_empty((batch, heads, q_len), dtype=torch.float32)
     if q.stride(1) < q.stride(2):
-        return q.new_empty((batch, q_len, heads, value_dim)).transpose(1, 2)
-    return q.new_empty((batch, heads, q_len, value_dim))
+        out = q.new_empty((batch, q_len, heads, v.shape[-1])).transpose(1, 2)
+        return out, lse
+    return q.new_empty((batch, heads, q_len, v.shape[-1])), lse
 
 
 def _rows(positions: torch.Tensor | None) -> torch.Tensor | None:
