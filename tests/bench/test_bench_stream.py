@@ -9,10 +9,11 @@ import pytest
 from foveal.bench import bursts, lines, pictures, tables
 from foveal.bench.finding import Check, Finding, newest, read_findings
 from foveal.bench.record import Run
-from foveal.bench.stream import Samples, Text, checks, measure
+from foveal.bench.stream import Samples, Text, checks, measure, policy_words
 from foveal.core.errors import ArgumentError, LoadError
 from foveal.engine.bursts import Terms
 from foveal.engine.llm import LLM
+from foveal.engine.policies.dynamic import Dynamic
 from foveal.engine.session import Session
 from foveal.hardware.timer import DISTURBED_SHARE
 from tiny import write_tiny_model
@@ -187,3 +188,8 @@ def test_pictures_are_drawn(streamed: Finding, burst: Finding, tmp_path: Path, k
         assert target.read_bytes().startswith(start)
     with pytest.raises(ArgumentError, match="stream: 1,000 tokens"):
         pictures.draw([streamed], target, "nothing like it")
+
+
+def test_only_settings_that_are_not_usual_are_said() -> None:
+    assert policy_words(Dynamic()) == "dynamic"
+    assert policy_words(Dynamic(mass=0.5)) == "dynamic (mass 0.5)"

@@ -29,7 +29,8 @@ from foveal.bench.record import Run
 from foveal.core.errors import ArgumentError
 from foveal.core.units import format_bytes
 from foveal.engine.llm import LLM
-from foveal.engine.policies.catalogue import policy_facts
+from foveal.engine.policies.catalogue import find_policy, policy_facts
+from foveal.engine.policy import Policy
 from foveal.engine.session import Session
 from foveal.hardware.timer import DISTURBED_SHARE, STRETCH_S, Neighbours
 from foveal.text.blocks import read_blocks
@@ -172,16 +173,13 @@ def measure(
 
 def _finding(samples: Samples, session: Session, text: Text, run: Run) -> Finding:
     config, stats = session.config, session.stats
-    facts = policy_facts(config.policy)
-    given = {name: value for name, value in facts.items() if value is not None}
-    policy = ", ".join(f"{name} {value}" for name, value in given.items() if name != "name")
     position = samples.position
     return Finding(
         benchmark="stream",
         part="stream",
         title=f"{position[-1]:,.0f} tokens of {text.name}",
         subject={
-            "policy": f"{config.policy.name} ({policy})" if policy else config.policy.name,
+            "policy": policy_words(config.policy),
             "kept": f"{config.sinks}+{config.window}",
             "kv": config.kv,
         },
@@ -194,6 +192,13 @@ def _finding(samples: Samples, session: Session, text: Text, run: Run) -> Findin
         curve=_curve(samples),
         run=run,
     )
+
+
+def policy_words(policy: Policy) -> str:
+    """Its name, and those of its settings that are not the default."""
+    usual = policy_facts(find_policy(policy.name))
+    other = [f"{k} {v}" for k, v in policy_facts(policy).items() if v != usual[k]]
+    return f"{policy.name} ({', '.join(other)})" if other else policy.name
 
 
 def _values(samples: Samples) -> dict[str, float | None]:
