@@ -19,7 +19,11 @@ from sights import sight
 
 SHAPE = CacheShape(num_layers=2, batch=2, num_kv_heads=2, head_dim=8, value_dim=6)
 ROOM = 64
-KINDS = [kind for kind in CACHES if kind.window is not None]
+KINDS = [
+    kind
+    for kind in CACHES
+    if kind.window is not None and isinstance(kind.make(SHAPE, ROOM), Pourable)
+]
 
 Token = tuple[torch.Tensor, torch.Tensor]
 
