@@ -82,6 +82,9 @@ def test_what_is_turned_back_is_what_was_never_turned_so_far(scaling: Scaling, s
     assert (back - rotate(x, list(range(5)), config)).abs().max() < 1e-7
     forth = Rotation.back(config, torch.tensor([[-3]]), x.dtype).apply(back[None, None])[0, 0]
     assert (forth - rotate(x, list(range(3, 8)), config)).abs().max() < 1e-7
+    many = far.float().expand(2, 1, 5, 8)
+    two = Rotation.back(config, torch.tensor([[start], [0]]), torch.float32).apply(many)
+    assert (two[0, 0] - back).abs().max() < 1e-6 and torch.equal(two[1], many[1])
     single = Rotation.back(config, torch.tensor([[start]]), torch.float32)
     assert (single.apply(far[None, None].float())[0, 0] - back).abs().max() < 1e-6
 

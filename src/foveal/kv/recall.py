@@ -284,34 +284,42 @@ class RecallCache:
         self._summaries.forget(row, [part for _, part in held[:surplus]])
         passed_by = max(0, surplus - len(held))
         for part in due[:passed_by]:
-            self._hot.give_up(row, part)
+            self._give_up(row, part)
         return due[passed_by:]
 
     def _move(self, row: int, parts: list[int]) -> None:
-        source, table = self._hot.store, self._hot.tables[row]
-        pages = [table.pages[part] for part in parts]
+        """Move pages to the tiers, as they are or rotated to where they are to stand."""
+        source = store = self._hot.store
+        pages = [self._hot.tables[row].pages[part] for part in parts]
         index = torch.tensor(pages, device=source.device)
-        starts = torch.tensor(parts, device=source.device) * source.page_size
-        place = self._recollection.place
         for layer in range(self._hot.shape.num_layers):
             with source.arena.frame():
                 k, v = source.read(layer, index, self._hot.dtype)
-                if self._staging is not None and self._turn is not None and place is not None:
-                    k = self._turn(layer, k.transpose(0, 1), starts - place).transpose(0, 1)
+                if self._staging is not None:
+                    k = self._turned(layer, k, parts)
                     staged = torch.arange(len(parts), device=source.device)
                     self._staging.write_pages(layer, staged, k, v)
                 self._summaries.write(layer, row, parts, k)
-        keys = [(row, part) for part in parts]
-        if self._staging is None:
-            forgotten = self._tiers.retire(keys, source, pages)
-        else:
-            forgotten = self._tiers.retire(keys, self._staging, range(len(parts)))
+        if self._staging is not None:
+            store, pages = self._staging, list(range(len(parts)))
+        forgotten = self._tiers.retire([(row, part) for part in parts], store, pages)
         for other, part in forgotten:
             self._summaries.forget(other, [part])
         self._summaries.hold(row, parts)
         for part in parts:
-            self._hot.give_up(row, part)
-            table.evicted = (part + 1) * source.page_size
+            self._give_up(row, part)
+
+    def _turned(self, layer: int, k: torch.Tensor, parts: list[int]) -> torch.Tensor:
+        """Keys [Hkv, n, S, D] of parts, rotated to the one place where they are to stand."""
+        assert self._turn is not None and self._recollection.place is not None
+        starts = torch.tensor(parts, device=k.device) * self._tiers.page_size
+        by = starts - self._recollection.place
+        return self._turn(layer, k.transpose(0, 1), by).transpose(0, 1)
+
+    def _give_up(self, row: int, part: int) -> None:
+        """Take a page from the hot ones."""
+        self._hot.give_up(row, part)
+        self._hot.tables[row].evicted = (part + 1) * self._tiers.page_size
 
 
 def _check(cache: PagedCache, tiers: Tiers, config: RecallConfig) -> int:

@@ -2,7 +2,8 @@
 
 A page is ranked by the largest share of attention, over heads and queries, that its best key could
 have beside what is hot: by the maximum of scale * score - lse, where the score is estimated from
-the page's summary and the lse is what attention has found so far.
+the page's summary and the lse is what attention has found so far. A softcap, which keeps the order
+of scores, is left out of it.
 """
 
 from collections.abc import Callable, Iterator

@@ -37,7 +37,8 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rotation:
-    """Cosines and sines of one call, [B or 1, 1, T, dim / 2], float32 (float64 if the model is)."""
+    """Cosines and sines of one call, [B or 1, 1, T or 1, dim / 2], float32 (float64 if the
+    model is)."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -71,7 +72,8 @@ class Rotation:
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Turn heads [B, H, T, D] (queries or keys); same shape and dtype."""
-        if serves(x) and self.cos.dtype == x.dtype:
+        whole = self.cos.shape[2] == x.shape[2]  # the native one reads a row for every position
+        if whole and serves(x) and self.cos.dtype == x.dtype:
             return rotate(x, self.cos, self.sin)
         half = self.cos.shape[-1]
         wide = x.to(self.cos.dtype)
