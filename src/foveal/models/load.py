@@ -18,7 +18,7 @@ from foveal.models.config import ModelConfig
 from foveal.models.decoder import Decoder
 from foveal.models.family import Family, Source
 from foveal.models.hub import locate
-from foveal.models.narrow import narrow_module
+from foveal.models.narrow import is_matrix, narrow_module
 from foveal.models.weights import Tensors, open_tensors, read_json
 
 _HEAD = "lm_head.weight"
@@ -61,11 +61,20 @@ def load_model(
         plan = _plan(model, family, tensors)
         if dtype is None:
             dtype = tensors.read(plan["embedding.tokens.weight"][0].name).dtype
+        # One place for every matrix to be narrowed: freed and taken anew, it would leave holes.
+        largest = max(p.numel() for p in model.parameters()) if form is not None else 0
+        room = torch.empty(largest, dtype=dtype, device=device)
         for module_name, parts in groupby(plan.items(), lambda item: item[0].rpartition(".")[0]):
             module = model.get_submodule(module_name)
             for weight, sources in parts:
                 name = weight.rpartition(".")[2]
-                empty = torch.empty(module.get_parameter(name).shape, dtype=dtype, device=device)
+                shape = module.get_parameter(name).shape
+                narrowed = form is not None and name == "weight" and is_matrix(module_name, module)
+                empty = (
+                    room[: shape.numel()].view(shape)
+                    if narrowed
+                    else torch.empty(shape, dtype=dtype, device=device)
+                )
                 _fill(empty, sources, tensors)
                 setattr(module, name, nn.Parameter(empty))
             if module_name == "embedding.tokens" and config.tied:

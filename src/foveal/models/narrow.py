@@ -32,12 +32,17 @@ def narrow(model: Decoder, weights: str) -> None:
 def narrow_module(model: Decoder, name: str, form: WeightFormat) -> None:
     """The same for one module of it; nothing happens to one that is no matrix."""
     module = model.get_submodule(name)
+    if not is_matrix(name, module):
+        return
     replacement: nn.Module
     if isinstance(module, nn.Linear):
         replacement = NarrowLinear(module.weight, module.bias, form)
-    elif isinstance(module, nn.Embedding) and name == _TOKENS:
-        replacement = NarrowEmbedding(module.weight, form)
     else:
-        return
+        replacement = NarrowEmbedding(module.get_parameter("weight"), form)
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, replacement.train(module.training))
+
+
+def is_matrix(name: str, module: nn.Module) -> bool:
+    """Whether this module's weight is narrowed: every linear layer's and the token embedding's."""
+    return isinstance(module, nn.Linear) or (name == _TOKENS and isinstance(module, nn.Embedding))
