@@ -125,6 +125,16 @@ def test_figures_are_those_of_the_formulas() -> None:
     assert scores.curve["bits"] == pytest.approx([2.0, *foreseen], rel=1e-4)
 
 
+def test_what_is_not_finite_is_told_and_not_scored() -> None:
+    sound = Entrant(Told([0.5, 0.5]))
+    broken = Entrant(Told([math.nan, 0.5]), [sound])
+    beside = Entrant(Told([0.5, 0.5]), [broken])
+    read_all([sound, broken, beside], Reading(passages=[[0, 1, 0]], first=0, step_tokens=2))
+    assert not sound.failure
+    for entrant in (broken, beside):
+        assert "told 2, 0 sinks, float32 gave 2 predictions" in entrant.failure
+
+
 def test_standard_errors_are_over_blocks() -> None:
     assert (mean_of([2.0]).value, mean_of([2.0]).error) == (2, 0)
     found = mean_of([1.0, 2.0, 3.0])

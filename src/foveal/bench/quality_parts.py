@@ -201,9 +201,13 @@ class Bench:
             except Refusal as refusal:
                 yield self._refused(part, titles[against[-1]], candidate, refusal)
         read_all(entrants, reading, self.progress(part, reading.num_steps * len(entrants)))
-        scored = [(entrant.candidate, entrant.scores(reading)) for entrant in entrants]
+        scored = []
         for entrant in entrants:
             entrant.reader.close()
+            if entrant.failure:
+                yield self._refused(part, titles[against[-1]], entrant.candidate, entrant.failure)
+            else:
+                scored.append((entrant.candidate, entrant.scores(reading)))
         for kind, title in titles.items():
             for candidate, scores in scored:
                 values = scores.values(kind)
@@ -213,7 +217,7 @@ class Bench:
     def _entrant(self, candidate: Candidate, *references: Entrant) -> Entrant:
         return Entrant(open_reader(self.llm, candidate, self.source.begin), references)
 
-    def _refused(self, part: str, title: str, candidate: Candidate, refusal: Exception) -> Finding:
+    def _refused(self, part: str, title: str, candidate: Candidate, refusal: object) -> Finding:
         return self._finding(part, title, {**candidate.subject, "refused": str(refusal)}, {})
 
     def _finding(

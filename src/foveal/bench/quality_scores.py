@@ -72,6 +72,7 @@ class Entrant:
         self.reader = reader
         self._pairs = [(reference, _Pair()) for reference in references]
         self._is_reference = False
+        self._num_unsound = 0
         for reference in references:
             reference._is_reference = True
         self._bits: list[torch.Tensor] = []
@@ -97,6 +98,7 @@ class Entrant:
         self._seconds.append((time.perf_counter() - started) / len(ids))
         self._held_bytes = self.reader.held_bytes
         log_p = logits.float().log_softmax(-1).cpu()
+        self._num_unsound += int((~log_p.isfinite()).any(-1).sum())
         nats = -log_p.gather(1, following.unsqueeze(1)).squeeze(1)
         self._bits[-1] = torch.cat([self._bits[-1], nats / math.log(2)])
         for reference, pair in self._pairs:
@@ -106,6 +108,14 @@ class Entrant:
             pair.agrees.append(theirs.argmax(-1) == ours.argmax(-1))
         if self._is_reference:
             self._log_p = log_p
+
+    @property
+    def failure(self) -> str:
+        """Why it cannot be scored; empty if it can."""
+        for who in (self, *(reference for reference, _ in self._pairs)):
+            if who._num_unsound:
+                return f"{who.candidate} gave {who._num_unsound} predictions that are not finite"
+        return ""
 
     def end_step(self) -> None:
         """Nobody looks at the distributions of this step any more."""
