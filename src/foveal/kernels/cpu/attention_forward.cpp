@@ -29,7 +29,6 @@ namespace foveal::FOVEAL_ISA {
 
 namespace {
 
-constexpr int64_t kTileVectors = kTileKeys / kLanes;
 constexpr int64_t kChunkKeys = 32;  // values read as they lie: keys of one product, kept in cache
 constexpr int64_t kDirectRows = 8;  // with at most so many rows nothing is packed
 

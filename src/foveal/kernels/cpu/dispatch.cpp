@@ -20,7 +20,9 @@ const Kernels* const all[] = {
 constexpr int64_t kCount = sizeof all / sizeof *all;
 
 const Kernels* best() {
+#if defined(__x86_64__)
   __builtin_cpu_init();
+#endif
   const Kernels* found = all[0];
   for (const Kernels* kernels : all) {
     if (kernels->runs_here()) found = kernels;
