@@ -136,3 +136,15 @@ def test_bad_settings_are_refused(llm: LLM) -> None:
         Session(llm, policy="recall", window=15)
     with pytest.raises(ArgumentError, match="sinks: got 0; accepted: at least 1: with clamped"):
         Session(llm, policy="recall", sinks=0)
+
+
+def test_a_frozen_file_of_another_model_is_refused_and_left_alone(llm: LLM, tmp_path: Path) -> None:
+    policy = Recall(retired=2**13, frozen=str(tmp_path / "frozen"), frozen_bytes=2**19)
+    write_tiny_model(tmp_path / "other", seed=1)
+    other = Session(LLM(tmp_path / "other"), window=40, policy=policy, chunk=10)
+    other.feed(TEXT * 2)
+    other.close()
+    there = (tmp_path / "frozen").read_bytes()
+    with pytest.raises(LoadError, match="is of another model"):
+        Session(llm, window=40, policy=policy, chunk=10)
+    assert (tmp_path / "frozen").read_bytes() == there

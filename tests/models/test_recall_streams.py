@@ -48,6 +48,7 @@ def recalling(config: ModelConfig, policy: Recall) -> RecallCache:
         device=torch.device("cpu"),
         step_tokens=64,
         ropes=config.ropes,
+        fingerprint=lambda: "one model",
     )
     return policy.make(Window(32, 16), storage)
 

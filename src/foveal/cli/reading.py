@@ -49,7 +49,7 @@ def heading(session: Session) -> str:
     elif config.tolerance is not None:
         beside += f"; {config.kv} rounds nothing here, so there is nothing to measure"
     return (
-        f"policy {policy.name} keeps {policy.keeps} and costs {policy.costs}\n"
+        f"policy {policy.name} keeps {policy.keeps}\nit costs {policy.costs}\n"
         f"{config.sinks} sinks, window {config.window}, in {config.kv}: "
         f"cache {format_bytes(need.cache_bytes)}, a step of {config.chunk} tokens about "
         f"{format_bytes(need.step_bytes)} (estimate){beside}"

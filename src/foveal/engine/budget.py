@@ -147,7 +147,7 @@ class Stream:
     def _refusal(self, memory: int) -> BudgetExceeded:
         need, steps = self.need(), self.storage.step_tokens
         low, high = max(1, self.window.sinks), self.window.size
-        remedy = "no window fits, however small"
+        remedy = f"no window fits, however small, with {self.policy}"
         if self._with(low, steps).need().total_bytes <= memory:
             while high - low > 1:
                 middle = (low + high) // 2

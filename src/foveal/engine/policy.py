@@ -8,6 +8,7 @@ the very tensors that would be allocated, before any of them is.
 The policies are in `engine/policies/`; `policies/catalogue.py` lists them by name.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -32,6 +33,8 @@ class Storage:
     """Most tokens that come at once."""
     ropes: tuple[RopeConfig, ...]
     """How each layer rotates its keys."""
+    fingerprint: Callable[[], str]
+    """Of the model, which files of keys and values belong to; reads all its weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

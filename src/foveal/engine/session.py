@@ -13,6 +13,7 @@ promises, in a step of any size; but where a step shares what it recalls (`Polic
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Self
@@ -307,6 +308,7 @@ class Session:
             device=self.model.device,
             step_tokens=1,
             ropes=config.ropes,
+            fingerprint=partial(fingerprint, self.model),
         )
         return Stream(self.model, policy, policy.window(size, sinks), storage, self._backend)
 

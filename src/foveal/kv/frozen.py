@@ -5,8 +5,8 @@
 
 Records have one size, so page i is at a known place. A record is written payload first, then its
 header, and the header is taken away before the place is used again; so a process that is killed
-leaves a record valid or absent. Nothing is flushed to disk by force until `close`: what a machine
-loses with its power fails its checksum and is absent, too.
+leaves a record valid or absent. Nothing is flushed to disk by force: what a machine loses with its
+power fails its checksum and is absent, too.
 
 The file is written through calls, never through its map, because a full disk is then an error and
 not a signal; it is read through the map, a layer at a time, and checked each time against the
@@ -151,10 +151,6 @@ class FrozenFile:
         """Forget a record."""
         del self.records[slot]
         os.pwrite(self._file, bytes(len(_MARK)), self._start(slot))
-
-    def sync(self) -> None:
-        """Flush all that was written to disk."""
-        os.fsync(self._file)
 
     def _take_up(self) -> None:
         """Find the valid records of a file that is there, or begin a new one."""

@@ -73,8 +73,8 @@ class Recall(Policy):
         return Window(size, -(-sinks // _PAGE_SIZE) * _PAGE_SIZE)
 
     def make(self, window: Window, storage: Storage) -> RecallCache:
-        """See `Policy.make`. A frozen file that is there is emptied: a saved state holds all that
-        it needs."""
+        """See `Policy.make`. A frozen file of this model that is there is emptied: a saved state
+        holds all that it needs. Raises `LoadError` for a file of anything else."""
         hot = self._hot(window, storage)
         tiers = self._tiers(storage)
         tiers.reset()
@@ -125,6 +125,8 @@ class Recall(Policy):
         if self.frozen is not None:
             path = Path(self.frozen)
             configs.append(TierConfig(name="frozen", nbytes=self.frozen_bytes, path=path))
+        priced = storage.device.type == "meta"
+        salt = "" if self.frozen is None or priced else storage.fingerprint()
         if not configs:
             raise ArgumentError("retired", 0, "bytes of memory, or a frozen file")
         return Tiers(
@@ -134,7 +136,7 @@ class Recall(Policy):
             key_format=storage.format,
             value_format=storage.format,
             device=storage.device,
-            salt=self.name.encode(),
+            salt=salt.encode(),
         )
 
     def _budget(self, window: Window, page_bytes: int) -> int:
