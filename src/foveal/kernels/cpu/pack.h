@@ -6,6 +6,9 @@
 
 namespace foveal::FOVEAL_ISA {
 
+// Rows further on that are asked for: those of the next tile, which is packed when this one is done.
+inline constexpr int64_t kPackAhead = 128;
+
 // Keys [count][dim] transposed: the columns of the panels are keys, the depth is their channels.
 // The last panel is filled up with zeros to a whole vector.
 template <class Element>
@@ -18,7 +21,11 @@ void pack_keys(const Element* k, ptrdiff_t stride, int64_t count, int64_t dim, f
       F32 square[kLanes];
       if (channels == kLanes && keys == kLanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) square[i] = load(k + (j + i) * stride + d);
+        for (int i = 0; i < kLanes; ++i) {
+          const Element* from = k + (j + i) * stride + d;
+          square[i] = load(from);
+          __builtin_prefetch(from + kPackAhead * stride, 0, 2);
+        }
       } else {
         for (int i = 0; i < kLanes; ++i) {
           square[i] = i < keys ? load_some(k + (j + i) * stride + d, channels) : F32{};
@@ -45,6 +52,7 @@ void pack_values(const Element* v, ptrdiff_t stride, int64_t count, int64_t dim,
     for (int64_t d = 0; d < dim; d += kLanes) {
       float* to = packed + d / kPanel * kPanel * depth + j * kPanel + d % kPanel;
       store(to, dim - d < kLanes ? load_some(row + d, dim - d) : load(row + d));
+      __builtin_prefetch(row + kPackAhead * stride + d, 0, 2);
     }
   }
 }
