@@ -1,5 +1,6 @@
 """The native forward pass of attention, in every instruction set that this processor has."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from itertools import accumulate
@@ -12,10 +13,13 @@ from hypothesis import strategies as st
 import oracle
 from cases import BY_NAME, CASES, Case, spec
 from foveal.attention import native
+from foveal.attention.explain import explain
 from foveal.attention.merge import with_sink
 from foveal.attention.operands import Operands
 from foveal.attention.packed import Bounds
 from foveal.attention.spec import AttentionSpec, alibi_slopes
+from foveal.attention.workload import Workload
+from foveal.hardware.roofline import Peaks
 from foveal.kernels import available
 from foveal.kernels.cpu import library
 from properties import examples
@@ -286,3 +290,44 @@ def test_flash_says_which_kernels_it_would_use(monkeypatch: pytest.MonkeyPatch) 
     assert "is of version" in native.obstacles(made, *call)[0]
     monkeypatch.undo()
     library.load.cache_clear()
+
+
+def test_the_choice_names_the_kernels() -> None:
+    q, k, v = tensors(spec(4, 2, 16, causal=True), 1, 9, 9)
+    made = spec(4, 2, 16, causal=True)
+    native_choice = explain(q, k, v, made, backend="flash")
+    assert native_choice.chosen.kernel == f"native {available.native_isa()}"
+    assert native_choice.chosen.kernel in str(native_choice)
+    portable = explain(q, k, v, made.replace(dropout=0.5), backend="flash")
+    assert portable.chosen.kernel == "portable: no native kernel with dropout"
+    assert portable.to_dict()["candidates"][0]["kernel"] == portable.chosen.kernel
+
+
+def test_estimate_follows_what_is_visible() -> None:
+    peaks = Peaks(
+        device="cpu",
+        matmul_flops=(("float32", 1e11),),
+        bandwidth_bytes=1e10,
+        overhead_s=1e-6,
+        source="of a test",
+    )
+    workload = Workload(batch=1, q_len=8192, kv_len=8192, dtype=torch.bfloat16)
+    full, causal, window = (
+        native.estimate(spec(8, 8, 64, **fields), workload, peaks).seconds
+        for fields in ({}, {"causal": True}, {"causal": True, "window": (255, None)})
+    )
+    assert 1.9 < full / causal < 2.1
+    assert 12 < causal / window < 17
+    decode = dataclasses.replace(workload, q_len=1)
+    seconds = native.estimate(spec(32, 8, 64, causal=True), decode, peaks).seconds
+    assert seconds == pytest.approx(2 * 8192 * 8 * 64 * 2 / 1e10, rel=0.05), "memory's time"
+
+
+def test_workspace_is_linear_in_the_keys_and_bounded_in_the_queries() -> None:
+    def workspace(q_len: int, kv_len: int) -> int:
+        workload = Workload(batch=1, q_len=q_len, kv_len=kv_len, dtype=torch.float32)
+        return native.workspace_bytes(spec(8, 2, 64, causal=True), workload)
+
+    assert workspace(4096, 4096) == workspace(8192, 8192)
+    scratch = workspace(1, 1024)
+    assert workspace(1, 65536) - scratch == 2 * (workspace(1, 32768) - scratch)
