@@ -25,7 +25,7 @@ def test_each_backend_leaves_a_full_record(records: list[Record], settings: Sett
         assert record.outcome == "measured" and m is not None
         assert len(m.samples.seconds) >= settings.min_samples
         assert m.median_s == m.samples.median_s > 0
-        assert m.peak_bytes > 0 and m.launches > 5
+        assert m.peak_bytes > 0 and m.launches >= 1
         assert m.accuracy.holds and not record.disagrees
         assert record.auto in BY_NAME
         rate = record.cell.rate(m.median_s)

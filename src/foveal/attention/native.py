@@ -1,6 +1,7 @@
 """The native CPU kernels for attention: what they compute, what it costs, and how to call them.
 
-They serve the flash backend on CPUs in float32, bfloat16 and float16, all of a spec but dropout.
+They serve the flash backend on CPUs in float32, bfloat16 and float16, all of a spec but dropout,
+where no gradient is needed.
 What they cannot serve stays with the portable kernels, and `obstacles` says why.
 """
 
@@ -38,11 +39,10 @@ def obstacles(
         found.append(f"no native kernel for {dtype_name(dtype)}")
     if spec.dropout:
         found.append("no native kernel with dropout")
-    if spec.alibi is not None and needs_grad:
-        # Its scores are large, and so is their rounding, which both passes must then share.
-        found.append(
-            "no native backward pass with ALiBi, and the portable one needs its own forward"
-        )
+    if needs_grad:
+        # Where scores are large so is their rounding, and a backward pass that recomputes them must
+        # share it: the log-sum-exp of another kernel will not do.
+        found.append("no native backward pass, and the portable one needs its own forward pass")
     if native_isa() is None:
         found.append(f"native kernels: {native().detail}")
     return tuple(found)

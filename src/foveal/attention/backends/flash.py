@@ -1,6 +1,6 @@
 """Our own flash attention: tiled online softmax, linear memory. Native on CPUs, portable elsewhere.
 
-The native kernels (`attention.native`) compute forward passes where they can; `kernel` says who
+The native kernels (`attention.native`) compute what they can; `kernel` says who
 computes a call and, where it is the portable kernels, why. The rest of this file is theirs: it
 decides what they visit, namely the tiles that the mask does not hide, which of them need masking at
 all, and how large tiles are. The arithmetic is in `kernels.portable.flash_*`.
@@ -120,7 +120,7 @@ class Flash(OneByOne):
         operands: Operands,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.run`. Differentiable in q, k, v and the bias, through `out` and `lse`."""
-        if _needs_no_grad(q, k, v, operands.bias) and _native(spec, q):
+        if _is_native(spec, q, k, v, operands.bias):
             return native.forward(q, k, v, spec, operands)
         out, lse = _Flash.apply(q, k, v, operands.bias, spec, operands)  # type: ignore[no-untyped-call]
         return out, lse
@@ -135,19 +135,15 @@ class Flash(OneByOne):
         bounds: Bounds,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.run_packed`. In one call where no gradient is needed."""
-        if _needs_no_grad(q, k, v) and _native(spec, q):
+        if _is_native(spec, q, k, v):
             return native.forward(q, k, v, spec, operands, bounds)
         return super().run_packed(q, k, v, spec, operands, bounds)
 
 
-def _needs_no_grad(*inputs: torch.Tensor | None) -> bool:
-    needed = any(x is not None and x.requires_grad for x in inputs)
-    return not (needed and torch.is_grad_enabled())
-
-
-def _native(spec: AttentionSpec, q: torch.Tensor) -> bool:
-    """Whether native kernels serve a call that needs no gradient."""
-    return not native.obstacles(spec, q.dtype, q.device.type, False)
+def _is_native(spec: AttentionSpec, q: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    inputs = (q, *others)
+    needs_grad = any(x is not None and x.requires_grad for x in inputs) and torch.is_grad_enabled()
+    return not native.obstacles(spec, q.dtype, q.device.type, needs_grad)
 
 
 def _obstacles(spec: AttentionSpec, workload: Workload) -> tuple[str, ...]:
@@ -291,24 +287,18 @@ class _Flash(torch.autograd.Function):
         spec: AttentionSpec,
         operands: Operands,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        visits = None
-        if native.obstacles(spec, q.dtype, q.device.type, True):
-            visits = plan(q, k, spec, operands, sizes(spec, q.shape[2], k.shape[2]))
-            out, lse = flash_forward(q, k, v, visits, accumulate_dtype(q.dtype))
-        else:
-            out, lse = native.forward(q, k, v, spec, operands)
+        visits = plan(q, k, spec, operands, sizes(spec, q.shape[2], k.shape[2]))
+        out, lse = flash_forward(q, k, v, visits, accumulate_dtype(q.dtype))
         ctx.save_for_backward(q, k, v, bias, out, lse)
-        ctx.call, ctx.plan = (spec, operands), visits
+        ctx.plan = visits
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, bias, out, lse = ctx.saved_tensors
-        spec, operands = ctx.call
-        visits = ctx.plan or plan(q, k, spec, operands, sizes(spec, q.shape[2], k.shape[2]))
         saved = Saved(q=q, k=k, v=v, out=out, lse=lse, d_out=d_out, d_lse=d_lse)
-        grads, d_bias = _gradients(saved, visits, bias if ctx.needs_input_grad[3] else None)
+        grads, d_bias = _gradients(saved, ctx.plan, bias if ctx.needs_input_grad[3] else None)
         d_q, d_k, d_v = (d.to(q.dtype) for d in grads)
         return d_q, d_k, d_v, d_bias, None, None
 
