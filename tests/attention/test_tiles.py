@@ -181,7 +181,7 @@ def test_a_layer_gathers_the_pages_that_its_own_window_sees(
         columns, positions = slice(start, stop), torch.arange(start, stop)[None]
         held = set(cache.tables[0].pages) | {p // size for p in range(start, stop)}
         view = cache.append(0, k[:, :, columns], v[:, :, columns])
-        ours = attend_view(q[:, :, columns], view, which, q_positions=positions)
+        ours = attend_view(q[:, :, columns], view, which, q_positions=positions, backend="unfused")
         given_ = Operands(q_positions=positions, kv_positions=torch.arange(53))
         exact, _ = attention(q[:, :, columns], k, v, narrow(which, window), given_)
         assert torch.allclose(ours.double(), exact, atol=2e-5)

@@ -71,7 +71,7 @@ def forward(
         q_bounds=None if bounds is None else torch.tensor(bounds.q),
         kv_bounds=None if bounds is None else torch.tensor(bounds.kv),
     )
-    return attention_forward(q, k, v, _rules(spec), beside)
+    return attention_forward(q, k, v, rules(spec), beside)
 
 
 def _forward_as_operator(
@@ -118,7 +118,7 @@ def estimate(spec: AttentionSpec, workload: Workload, peaks: Peaks) -> Estimate:
 
 
 @lru_cache(maxsize=1024)
-def _rules(spec: AttentionSpec) -> Rules:
+def rules(spec: AttentionSpec) -> Rules:
     return Rules(
         scale=spec.resolved_scale,
         softcap=spec.softcap,

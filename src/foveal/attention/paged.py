@@ -1,9 +1,9 @@
-"""Attention over a cache's view, tile by tile: the way to paged, quantised and windowed caches.
+"""Attention over a cache's view: the way to paged, quantised and windowed caches.
 
-Each tile of the view is brought into the form that `attend` takes (pages gathered, codes widened),
-attended to by any backend, and merged into the result by its log-sum-exp, so a cache is never
-widened as a whole. Portable, exact to rounding, for inference. The temporaries are one tile of
-keys and values and one result of the queries' size.
+Pages are read by the native kernels where they lie (`native_pages`). Any other view, and pages
+where there are obstacles (`view_kernel` names them), go tile by tile: each is brought into the form
+that `attend` takes, attended to by any backend, and merged into the result by its log-sum-exp, so a
+cache is never widened as a whole. Exact to rounding, for inference.
 
 Keys keep the rotation of their absolute position, so distances within a window are right for ever.
 Sinks, and whatever else a view calls far, are attended to apart, by queries rotated as if those
@@ -20,12 +20,15 @@ from itertools import pairwise
 
 import torch
 
+from foveal.attention import native_pages
 from foveal.attention.api import attend
 from foveal.attention.merge import merge, with_sink
+from foveal.attention.native_pages import Queries
 from foveal.attention.spec import AttentionSpec
 from foveal.attention.validate import read_bounds
 from foveal.core.dtypes import accumulate_dtype
 from foveal.core.errors import ArgumentError
+from foveal.kernels.available import native_isa
 from foveal.kv.cache import KVView, Sight, View, Window
 
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -72,6 +75,10 @@ def attend_view(
         raise ArgumentError("q_positions", None, "int [B, T]: this cache's slots are in no order")
     terms = _Terms(spec=spec, backend=backend, memory_budget=memory_budget)
     far_q = q if far_q is None else far_q
+    queries = Queries(q=q, far_q=far_q, positions=q_positions)
+    if not _obstacles(queries, view, terms):
+        near = narrow(spec, view.window)
+        return native_pages.forward(queries, view, spec, near)[0].to(q.dtype)
     return _over_tiles((q, far_q), q_positions, view, terms)[0].to(q.dtype)
 
 
@@ -94,13 +101,21 @@ def attend_paged(
     sequence may have none) and row i of the view. `q_positions` is int [tokens]. `sink_logits` [H]
     join every softmax.
 
-    Sequences with as many queries and about as many keys run together, so less than half of what
-    is computed is padding. Returns `out` [tokens, H, Dv] in q's dtype and `lse` [tokens, H].
-    Raises `ArgumentError`, and what `attend` raises.
+    Natively it is one call. Tile by tile, sequences with as many queries and about as many keys run
+    together, so less than half of what is computed is padding.
+
+    Returns `out` [tokens, H, Dv] in q's dtype and `lse` [tokens, H]. Raises `ArgumentError`, and
+    what `attend` raises.
     """
     bounds = _check_packed(q, view, cu_seqlens_q, q_positions)
     far_q = q if far_q is None else far_q
     terms = _Terms(spec=spec, backend=backend, memory_budget=memory_budget)
+    packed = _packed(q, far_q, q_positions, cu_seqlens_q)
+    if not _obstacles(packed, view, terms):
+        part = native_pages.forward(packed, view, spec, narrow(spec, view.window))
+        if sink_logits is not None:
+            part = with_sink(*part, sink_logits)
+        return part[0][0].transpose(0, 1).to(q.dtype), part[1][0].transpose(0, 1)
     out = q.new_zeros((*q.shape[:2], spec.value_dim))
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=accumulate_dtype(q.dtype))
     for index, tokens in _alike(bounds, q_positions):
@@ -113,6 +128,21 @@ def attend_paged(
     return out, lse
 
 
+def view_kernel(
+    q: torch.Tensor,
+    view: View,
+    spec: AttentionSpec,
+    q_positions: torch.Tensor,
+    *,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> str:
+    """Who computes `attend_view` of such a call: "native AVX-512", or "tiles: " and why."""
+    terms = _Terms(spec=spec, backend=backend, memory_budget=memory_budget)
+    why_not = _obstacles(Queries(q=q, far_q=q, positions=q_positions), view, terms)
+    return f"tiles: {'; '.join(why_not)}" if why_not else f"native {native_isa()}"
+
+
 def narrow(spec: AttentionSpec, window: Window | None) -> AttentionSpec:
     """The spec in which a query sees no more than the cache promises to keep.
 
@@ -123,6 +153,23 @@ def narrow(spec: AttentionSpec, window: Window | None) -> AttentionSpec:
         return spec
     sinks = max(spec.sinks, window.sinks)
     return spec.replace(window=(window.size - 1, spec.right), sinks=sinks)
+
+
+def _obstacles(queries: Queries, view: View, terms: _Terms) -> tuple[str, ...]:
+    """Why a view goes tile by tile; empty if the native kernels read its pages."""
+    if terms.backend not in ("auto", "flash"):
+        return (f"the backend is {terms.backend}",)
+    if terms.memory_budget is not None:
+        return ("a memory budget is given, which each tile keeps",)
+    return native_pages.obstacles(queries, view, terms.spec)
+
+
+def _packed(
+    q: torch.Tensor, far_q: torch.Tensor, positions: torch.Tensor, bounds: torch.Tensor
+) -> Queries:
+    """Packed [tokens, H, D] queries as [1, H, tokens, D]."""
+    q, far_q = (x.transpose(0, 1).unsqueeze(0) for x in (q, far_q))
+    return Queries(q=q, far_q=far_q, positions=positions.unsqueeze(0), bounds=bounds)
 
 
 def _check_packed(

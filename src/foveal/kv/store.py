@@ -99,6 +99,10 @@ class PageStore:
         )
         return k, v
 
+    def stored(self, layer: int) -> tuple[Stored, Stored]:
+        """Keys and values of all pages as they are stored, [Hkv, pages, S, ...]."""
+        return self._keys[layer], self._values[layer]
+
     def select(self, layer: int, pages: torch.Tensor) -> tuple[Stored, Stored]:
         """Keys and values of pages [n] as they are stored, [Hkv, n, S, ...]; in the arena, of which
         the caller has opened a frame."""

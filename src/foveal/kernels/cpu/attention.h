@@ -24,6 +24,8 @@ struct Positions {
   int64_t batch;
 };
 
+struct Pages;  // attention_pages.h
+
 enum class ElementType : int64_t { kFloat32, kBFloat16, kFloat16 };
 
 struct AttentionForward {
@@ -47,6 +49,10 @@ struct AttentionForward {
   int64_t chunk;        // 0 for none
   int64_t sinks;
   int64_t num_threads;
+  // Set by attend_pages: pages in place of k and v, and [batch] whether a sequence has its keys at
+  // default positions.
+  const Pages* pages;
+  const uint8_t* in_order;
 };
 
 }  // namespace foveal

@@ -52,11 +52,11 @@ class Beside:
     kv_bounds: torch.Tensor | None = None
 
 
-_CALL = Struct("20q 10q 4q 4q 8q 2d 6q")
+CALL = Struct("20q 10q 4q 4q 8q 2d 6q 16x")
 """`AttentionForward` in attention.h, field by field: the tensors q, k, v, out and lse (address and
 strides of batch, head and token), mask and bias (address and four strides), positions of queries
-and keys (address and stride of the batch), four lists, sizes, numbers. 8 us less than ctypes takes
-to fill its own structures."""
+and keys (address and stride of the batch), four lists, sizes, numbers, and room
+for what the library sets. 8 us less than ctypes takes to fill its own structures."""
 
 
 def attention_forward(
@@ -69,37 +69,52 @@ def attention_forward(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len, value_dim = v.shape[1:]
-    out, lse = new_result(q, v)
+    out, lse = new_result(q, value_dim)
     pairs = (batch, heads, q_len, kv_len)
     mask = None if beside.mask is None else beside.mask.expand(pairs)
     bias = None if beside.bias is None else beside.bias.float().expand(pairs)
     positions = [_rows(x) for x in (beside.q_positions, beside.kv_positions)]
     lists = [_list(x) for x in (beside.kv_lengths, beside.q_bounds, beside.kv_bounds)]
     num_sequences = batch if lists[1] is None else len(lists[1]) - 1
-    call = _CALL.pack(
-        *(number for x in (q, k, v, out, lse) for number in (x.data_ptr(), *x.stride()[:3])),
+    call = CALL.pack(
+        *(number for x in (q, k, v, out, lse) for number in strided(x)),
         *(number for x in (mask, bias) for number in _pairs(x)),
         *(number for x in positions for number in _positions(x)),
         *(0 if x is None else x.data_ptr() for x in (*lists, rules.alibi)),
         *(num_sequences, heads, kv_heads, q_len, kv_len, head_dim, value_dim, ELEMENTS[q.dtype]),
-        *(rules.scale, rules.softcap or 0.0),
-        rules.causal,
-        -1 if rules.left is None else rules.left,
-        -1 if rules.right is None else rules.right,
-        *(rules.chunk or 0, rules.sinks, torch.get_num_threads()),
+        *numbers(rules),
     )
     load().foveal_attention_forward(call)
     return out, lse
 
 
-def new_result(q: torch.Tensor, v: torch.Tensor) -> Result:
+def strided(x: torch.Tensor) -> tuple[int, ...]:
+    """Address, and strides of batch, head and token."""
+    return x.data_ptr(), *x.stride()[:3]
+
+
+def numbers(rules: Rules) -> tuple[float, ...]:
+    """The last fields of a call."""
+    return (
+        rules.scale,
+        rules.softcap or 0.0,
+        rules.causal,
+        -1 if rules.left is None else rules.left,
+        -1 if rules.right is None else rules.right,
+        rules.chunk or 0,
+        rules.sinks,
+        torch.get_num_threads(),
+    )
+
+
+def new_result(q: torch.Tensor, value_dim: int) -> Result:
     """Room for `out`, with heads side by side in each token if they are so in q, and `lse`."""
     batch, heads, q_len, _ = q.shape
     lse = q.new_empty((batch, heads, q_len), dtype=torch.float32)
     if q.stride(1) < q.stride(2):
-        out = q.new_empty((batch, q_len, heads, v.shape[-1])).transpose(1, 2)
+        out = q.new_empty((batch, q_len, heads, value_dim)).transpose(1, 2)
         return out, lse
-    return q.new_empty((batch, heads, q_len, v.shape[-1])), lse
+    return q.new_empty((batch, heads, q_len, value_dim)), lse
 
 
 def _rows(positions: torch.Tensor | None) -> torch.Tensor | None:

@@ -20,7 +20,7 @@
 
 #include "attention_plan.h"
 #include "exp.h"
-#include "pack.h"
+#include "pages.h"
 #include "scratch.h"
 #include "threads.h"
 #include "visibility.h"
@@ -34,7 +34,6 @@ constexpr int64_t kDirectRows = 8;  // with at most so many rows nothing is pack
 
 constexpr float kNone = -__builtin_inff();
 
-inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 inline F32 indices() {
   F32 x;
   for (int i = 0; i < kLanes; ++i) x[i] = static_cast<float>(i);
@@ -65,8 +64,9 @@ class Attention {
         rows_((task.q_end - task.q_begin) * group_),
         q_stride_(round_up(call.head_dim, kLanes)),
         out_stride_(round_up(call.value_dim, kAlign)),
+        stride_(larger(q_stride_, out_stride_) + kLanes),
         direct_(sequence_.q_len * group_ <= kDirectRows && call.head_dim % kLanes == 0 &&
-                call.value_dim % kLanes == 0),
+                call.value_dim % kLanes == 0 && (!call.pages || in_place(call))),
         ordered_(!sequence_.kv_positions),
         bare_(call.softcap == 0 && !call.alibi && !call.bias.data),
         unit_(bare_ && __builtin_fabs(call.scale) > 1e-20 ? static_cast<float>(__builtin_fabs(call.scale)) : 1),
@@ -93,11 +93,23 @@ class Attention {
  private:
   // ---- setting out
 
+  static bool in_place(const AttentionForward& call) {
+    return PagedRows::in_place(*call.pages, call.pages->keys, call.head_dim) &&
+           PagedRows::in_place(*call.pages, call.pages->values, call.value_dim);
+  }
+
+  PagedRows paged_keys() const {
+    return {*call_.pages, call_.pages->keys, task_.sequence, task_.kv_head, call_.head_dim};
+  }
+  PagedRows paged_values() const {
+    return {*call_.pages, call_.pages->values, task_.sequence, task_.kv_head, call_.value_dim};
+  }
+
   void reserve() {
     const int64_t padded = round_up(rows_, kRows) + kLanes;
-    const int64_t packed = direct_ ? 0 : kTileKeys;
+    const int64_t packed = direct_ ? 0 : kTileKeys, paged = call_.pages ? kTileKeys : 0;
     Scratch room(padded * (q_stride_ + out_stride_ + 2) + kRows * kTileKeys + 2 * kLanes +
-                 packed * (q_stride_ + round_up(out_stride_, kPanel)) +
+                 packed * (q_stride_ + round_up(out_stride_, kPanel)) + paged * stride_ +
                  padded * (sizeof(Seen) + sizeof(int64_t)) / sizeof(float));
     seen_ = room.take<Seen>(padded);
     positions_ = room.take<int64_t>(padded);
@@ -107,6 +119,7 @@ class Attention {
     scores_ = room.take<float>(kRows * kTileKeys);
     keys_ = room.take<float>(packed * q_stride_);
     values_ = room.take<float>(packed * round_up(out_stride_, kPanel));
+    rows_of_tile_ = room.take<float>(paged * stride_);
   }
 
   void locate_queries() {
@@ -215,10 +228,17 @@ class Attention {
   }
 
   void pack(Tile& tile) {
+    tile.packed = true;
+    if (call_.pages) {
+      paged_keys().widen_rows(tile.first, tile.count, rows_of_tile_, stride_);
+      pack_keys(rows_of_tile_, stride_, tile.count, call_.head_dim, keys_);
+      paged_values().widen_rows(tile.first, tile.count, rows_of_tile_, stride_);
+      pack_values(rows_of_tile_, stride_, tile.count, call_.value_dim, kTileKeys, values_);
+      return;
+    }
     pack_keys(rows_of(call_.k, tile.first), call_.k.token, tile.count, call_.head_dim, keys_);
     pack_values(rows_of(call_.v, tile.first), call_.v.token, tile.count, call_.value_dim,
                 kTileKeys, values_);
-    tile.packed = true;
   }
 
   // ---- scores
@@ -227,6 +247,12 @@ class Attention {
     const float* q = queries_ + row * q_stride_;
     if (direct_) {
       const int64_t first = begin * kLanes;
+      if (call_.pages) {
+        paged_keys().score(q, q_stride_, count, tile.first + first,
+                           tile.first + smaller(end * kLanes, tile.count), scores_ + first,
+                           kTileKeys, rows_of_tile_);
+        return;
+      }
       dot(q, q_stride_, count, rows_of(call_.k, tile.first + first), call_.k.token,
           smaller(end * kLanes, tile.count) - first, scores_ + first, kTileKeys, call_.head_dim);
       return;
@@ -373,6 +399,11 @@ class Attention {
              const float* factor) {
     static constexpr float kOnes[kRows] = {1, 1, 1, 1, 1, 1};
     out += row * out_stride_;
+    if (call_.pages && direct_ && !careful_) {
+      paged_values().weigh(scores_ + begin, kTileKeys, count, tile.first + begin, tile.first + end,
+                           out, out_stride_, factor, rows_of_tile_);
+      return;
+    }
     const int64_t step = direct_ ? kChunkKeys : end - begin;
     for (int64_t j = begin; j < end; j += step) {
       const int64_t depth = smaller(step, end - j);
@@ -382,7 +413,13 @@ class Attention {
         const int columns = static_cast<int>(smaller(left, kColumns));
         const float* p = scores_ + j;
         if (careful_) {
-          weigh_carefully(tile, count, j, depth, d, out + d, scale);
+          if (call_.pages) {
+            paged_values().widen_rows(tile.first + j, depth, rows_of_tile_, stride_);
+            weigh_carefully(rows_of_tile_, stride_, count, j, depth, d, out + d, scale);
+          } else {
+            weigh_carefully(rows_of(call_.v, tile.first + j), call_.v.token, count, j, depth, d,
+                            out + d, scale);
+          }
         } else if (direct_) {
           multiplier<Element, kAheadRows>(count, columns)(
               p, kTileKeys, rows_of(call_.v, tile.first + j) + d, call_.v.token, out + d,
@@ -396,7 +433,8 @@ class Attention {
   }
 
   // As `multiply` does it, for the channels of one panel, but a weight of 0 takes nothing.
-  void weigh_carefully(const Tile& tile, int count, int64_t first, int64_t depth, int64_t channel,
+  template <class Stored>
+  void weigh_carefully(const Stored* values, ptrdiff_t stride, int count, int64_t first, int64_t depth, int64_t channel,
                        float* out, const float* factor) const {
     const int64_t channels = smaller(kPanel, call_.value_dim - channel);
     for (int r = 0; r < count; ++r, out += out_stride_) {
@@ -405,7 +443,7 @@ class Attention {
         const int n = static_cast<int>(smaller(kLanes, channels - d));
         F32 total = {};
         for (int64_t j = 0; j < depth; ++j) {
-          const Element* v = rows_of(call_.v, tile.first + first + j) + channel + d;
+          const Stored* v = values + j * stride + channel + d;
           if (p[j] != 0) total += splat(p[j]) * load_some(v, n);
         }
         store(out + d, load(out + d) * factor[r] + total);
@@ -468,6 +506,7 @@ class Attention {
   const Task& task_;
   const Sequence sequence_;
   const int64_t group_, rows_, q_stride_, out_stride_;
+  const int64_t stride_;  // of rows_of_tile_
   const bool direct_, ordered_, bare_;
   const float unit_;  // of scores and of `top`: what they are multiplied by in the exponential
   const Power exp_;
@@ -481,6 +520,7 @@ class Attention {
   float* scores_;
   float* keys_;
   float* values_;
+  float* rows_of_tile_;  // of pages, widened; or what their products leave
 };
 
 template <class Element>

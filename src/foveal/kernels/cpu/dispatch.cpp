@@ -1,6 +1,7 @@
 // What the library exports: plain C functions, each handing its call to the instruction set in use.
 #include <cstring>
 
+#include "attention_pages.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -41,7 +42,7 @@ using namespace foveal;
 
 // To be raised whenever a structure or a function here changes: the binding compares it with its
 // own, so that a library from an older build is refused instead of called.
-FOVEAL_EXPORT int64_t foveal_version() { return 4; }
+FOVEAL_EXPORT int64_t foveal_version() { return 5; }
 
 // The name of the i-th instruction set that this processor can run, best last; null behind the last.
 FOVEAL_EXPORT const char* foveal_isa_name(int64_t i) {
@@ -72,6 +73,10 @@ FOVEAL_EXPORT void foveal_evaluate(int64_t function, const float* x, float* y, i
 
 FOVEAL_EXPORT void foveal_attention_forward(const AttentionForward* call) {
   in_use->attention_forward(*call);
+}
+
+FOVEAL_EXPORT void foveal_attention_pages(const AttentionForward* call, const Pages* pages) {
+  attend_pages(*call, *pages, in_use->attention_forward);
 }
 
 FOVEAL_EXPORT void foveal_linear(const Linear* linear, const float* x, int64_t rows, int64_t stride,

@@ -20,7 +20,7 @@ import torch  # noqa: F401  brings the OpenMP runtime that the library looks for
 import foveal.kernels.cpu
 from foveal.core.errors import ArgumentError
 
-VERSION = 4
+VERSION = 5
 """Of the library's functions and structures; a library that says another is not called."""
 
 _NAME = "libfoveal_cpu.so"
@@ -52,6 +52,8 @@ def open_library(path: Path) -> ctypes.CDLL:
     library.foveal_evaluate.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 2, ctypes.c_int64]
     library.foveal_evaluate.restype = library.foveal_attention_forward.restype = None
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.foveal_attention_pages.argtypes = [pointer, pointer]
+    library.foveal_attention_pages.restype = None
     library.foveal_linear.argtypes = [pointer, pointer, integer, integer, pointer, integer]
     library.foveal_linear.restype = None
     for function in (library.foveal_rms_norm, library.foveal_rotate):

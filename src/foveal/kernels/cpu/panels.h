@@ -23,48 +23,6 @@ inline Pair load_pair(const BFloat16* p) {
   return {from_bits(words << 16), from_bits(words & 0xffff0000)};
 }
 
-// kLanes bytes as integers. (GCC 12 widens bytes one by one where it is not told how.)
-#if defined(__AVX512F__)
-inline I32 widen_bytes(const int8_t* p) {
-  return reinterpret_cast<I32>(_mm512_cvtepi8_epi32(load_bits<__m128i>(p)));
-}
-inline I32 widen_bytes(const uint8_t* p) {
-  return reinterpret_cast<I32>(_mm512_cvtepu8_epi32(load_bits<__m128i>(p)));
-}
-#elif defined(__AVX2__)
-inline I32 widen_bytes(const int8_t* p) {
-  return reinterpret_cast<I32>(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-}
-inline I32 widen_bytes(const uint8_t* p) {
-  return reinterpret_cast<I32>(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-}
-#elif defined(__aarch64__)
-inline I32 widen_bytes(const int8_t* p) {
-  const int8x8_t bytes = vreinterpret_s8_u32(vdup_n_u32(load_bits<uint32_t>(p)));
-  return reinterpret_cast<I32>(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
-}
-inline I32 widen_bytes(const uint8_t* p) {
-  const uint8x8_t bytes = vreinterpret_u8_u32(vdup_n_u32(load_bits<uint32_t>(p)));
-  return reinterpret_cast<I32>(vmovl_u16(vget_low_u16(vmovl_u8(bytes))));
-}
-#else
-inline __m128i four_bytes(const void* p) {
-  int32_t word;
-  __builtin_memcpy(&word, p, sizeof word);
-  const __m128i bytes = _mm_cvtsi32_si128(word);
-  const __m128i twice = _mm_unpacklo_epi8(bytes, bytes);
-  return _mm_unpacklo_epi16(twice, twice);  // each byte in all four of a lane
-}
-inline I32 widen_bytes(const int8_t* p) {
-  return reinterpret_cast<I32>(_mm_srai_epi32(four_bytes(p), 24));
-}
-inline I32 widen_bytes(const uint8_t* p) {
-  return reinterpret_cast<I32>(_mm_srli_epi32(four_bytes(p), 24));
-}
-#endif
-
-inline F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
-
 struct Float32Reader {
   const float* at;
   Float32Reader(const Linear& linear, int64_t pair)

@@ -71,7 +71,7 @@ Multiply<Element> multiplier(int rows, int columns) {
 
 // R queries with K neighbouring keys, of which `count` exist; depth is a multiple of kLanes. Writes
 // K scores for each query, those of missing keys without meaning. Asks for what lies `ahead` elements
-// further on.
+// further on, unless an element is a byte: one request for each would be too many.
 template <int R, int K, class Element>
 void dot_block(const float* q, ptrdiff_t q_stride, const Element* k, ptrdiff_t k_stride,
                int64_t count, float* s, ptrdiff_t s_stride, int64_t depth, ptrdiff_t ahead) {
@@ -87,7 +87,7 @@ void dot_block(const float* q, ptrdiff_t q_stride, const Element* k, ptrdiff_t k
 #pragma GCC unroll 16
     for (int j = 0; j < K; ++j) {
       const F32 y = load(keys[j] + d);
-      __builtin_prefetch(keys[j] + d + ahead, 0, 2);
+      if constexpr (sizeof(Element) > 1) __builtin_prefetch(keys[j] + d + ahead, 0, 2);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sums[r * K + j] += x[r] * y;
     }

@@ -20,6 +20,7 @@ constexpr int64_t kFar = int64_t{1} << 62;
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 inline int64_t divide_down(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
 // Keys [0, sinks) and [begin, end), with sinks <= begin; nothing where both are empty.
@@ -75,7 +76,9 @@ struct Sequence {
         kv_len(call.kv_bounds ? call.kv_bounds[index + 1] - kv_start : call.kv_len),
         limit(call.kv_lengths ? smaller(kv_len, call.kv_lengths[index]) : kv_len),
         q_positions(of(call.q_positions, index, q_start)),
-        kv_positions(of(call.kv_positions, index, kv_start)) {}
+        kv_positions(call.in_order && call.in_order[index]
+                         ? nullptr
+                         : of(call.kv_positions, index, kv_start)) {}
 
   int64_t q_position(int64_t i) const { return q_positions ? q_positions[i] : i + kv_len - q_len; }
   bool is_pad(int64_t i) const { return q_positions && q_positions[i] < 0; }
