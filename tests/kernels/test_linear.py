@@ -22,7 +22,7 @@ from foveal.kernels.portable.panels import (
 )
 from properties import examples
 
-NAMES = ("bf16", "f16", "int8", "int8-32", "int8-40", "int4", "int4-128")
+NAMES = ("f32", "bf16", "f16", "int8", "int8-32", "int8-40", "int4", "int4-128")
 SHAPES = ((1, 1), (33, 7), (64, 65), (100, 96), (31, 1100))
 """N, K: about panels, vectors, groups, and more inputs than are widened at once."""
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 17, 24, 25, 26, 70)
@@ -212,7 +212,7 @@ def test_large_matrices_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("name", ["int3", "int8-0", "bf16-32", "", "INT8"])
 def test_unknown_format(name: str) -> None:
-    with pytest.raises(ArgumentError, match=r"weights: got .* accepted: bf16, f16, int8, int4"):
+    with pytest.raises(ArgumentError, match=r"weights: got .* accepted: f32, bf16, f16, int8"):
         parse_weights(name)
 
 

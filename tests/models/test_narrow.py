@@ -21,7 +21,7 @@ from foveal.nn.linear import NarrowEmbedding, NarrowLinear
 from foveal.nn.rope import RopeConfig
 from tiny import write_tiny_model
 
-FORMATS = ("bf16", "f16", "int8", "int4")
+FORMATS = ("f32", "bf16", "f16", "int8", "int4")
 IDS = torch.arange(1, 31).view(2, 15)
 
 

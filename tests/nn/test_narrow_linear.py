@@ -13,7 +13,7 @@ from foveal.kernels.cpu import library
 from foveal.kernels.portable.panels import parse_weights
 from foveal.nn.linear import NarrowEmbedding, NarrowLinear
 
-NAMES = ("bf16", "f16", "int8", "int4")
+NAMES = ("f32", "bf16", "f16", "int8", "int4")
 BOUND = 1e-4
 """Far above rounding, far below a wrong weight: sums of 70 products of about 1."""
 

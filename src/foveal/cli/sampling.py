@@ -14,7 +14,7 @@ Model = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: as stored.")]
 Weights = Annotated[
     str | None,
-    typer.Option(help="Store matrices as bf16, f16, int8 or int4; compute in float32."),
+    typer.Option(help="Store matrices as f32, bf16, f16, int8 or int4; compute in float32."),
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Backend = Annotated[str, typer.Option(help="Attention backend, or auto.")]

@@ -13,8 +13,8 @@ import torch
 from foveal.kernels.cpu.library import load
 from foveal.kernels.portable.panels import Panels, WeightFormat
 
-_FORMATS = {torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
-"""`WeightFormat` in linear.h, by the dtype of the codes; 0 is float32, which it widens to."""
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
+"""`WeightFormat` in linear.h, by the dtype of the codes."""
 
 
 class _Linear(ctypes.Structure):

@@ -1,5 +1,6 @@
 """Narrow weights: the formats of a linear layer's matrix, and their storage in panels.
 
+    float32                as it is: in panels for their speed and their order of sums alone
     bfloat16, float16      rounded to nearest even
     int8     w = scale * code          code -127 .. 127, scale = max |w| / 127
     int4     w = scale * code + low    code 0 .. 15, low = min w, scale = (max w - low) / 15
@@ -35,7 +36,7 @@ class WeightFormat:
     """How a matrix is stored."""
 
     name: str
-    """As one asks for it: "bf16", "f16", "int8", "int8-64", "int4-32"."""
+    """As one asks for it: "f32", "bf16", "f16", "int8", "int8-64", "int4-32"."""
     dtype: torch.dtype
     """Of the elements or codes."""
     bits: int
@@ -67,17 +68,18 @@ class Panels:
         return tuple(t for t in (self.codes, self.scale, self.low) if t is not None)
 
 
-_FLOATS = {"bf16": torch.bfloat16, "f16": torch.float16}
+_FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 _CODES = {"int8": torch.int8, "int4": torch.uint8}
 _GROUPS: dict[str, int | None] = {"int8": None, "int4": 32}
 """By default."""
-ACCEPTED = "bf16, f16, int8, int4; int8 and int4 with a group of inputs as int8-64"
+ACCEPTED = "f32, bf16, f16, int8, int4; int8 and int4 with a group of inputs as int8-64"
 
 
 def parse_weights(name: str) -> WeightFormat:
     """The format of this name. Raises `ArgumentError`."""
     if name in _FLOATS:
-        return WeightFormat(name=name, dtype=_FLOATS[name], bits=16)
+        dtype = _FLOATS[name]
+        return WeightFormat(name=name, dtype=dtype, bits=8 * dtype.itemsize)
     found = re.fullmatch(r"(int8|int4)(?:-([1-9][0-9]*))?", name)
     if found is None:
         raise ArgumentError("weights", repr(name), ACCEPTED)
@@ -136,7 +138,7 @@ def decode_rows(panels: Panels, index: torch.Tensor, form: WeightFormat) -> torc
     """Rows [...] of the matrix, float32 [..., K]."""
     panel, channel = index // PANEL, index % PANEL
     paired = channel % _HALF * 2 + channel // _HALF
-    if form.bits == 16:
+    if not form.quantised:
         at = paired if form.dtype == torch.bfloat16 else channel
         return panels.codes[panel, :, at].float()
     scale = _spread(panels.scale, panel, paired, panels.codes.shape[1], form)
