@@ -43,8 +43,8 @@ def load_model(
 
     `dtype` None keeps the dtype that the token embedding is stored in. `weights` stores matrices
     narrow ("bf16", "f16", "int8", "int4", "f32", or as `kernels.portable.panels` says) and
-    computes in float32, for inference. Raises `LoadError` for files, architectures and weights that are
-    missing, superfluous, misshapen or unreadable, `ConfigError` for settings that are not
+    computes in float32, for inference. Raises `LoadError` for files, architectures and weights
+    that are missing, superfluous, misshapen or unreadable, `ConfigError` for settings that are not
     understood, and `ArgumentError` for a format of weights or a dtype beside it that is not
     accepted; all name what is wrong.
     """
