@@ -49,7 +49,8 @@ class Stream:
             keys = torch.cat([self.keys[layer], k[layer]], 2)
             values = torch.cat([self.values[layer], v[layer]], 2)
             view = self.cache.append(layer, k[layer], v[layer], positions)
-            ours = attend_view(q[layer], view, SPEC, q_positions=positions, backend="unfused")
+            backend = "flash" if seed % 2 else "unfused"
+            ours = attend_view(q[layer], view, SPEC, q_positions=positions, backend=backend)
             given_ = Operands(q_positions=positions, kv_positions=everything)
             spec = narrow(SPEC, self.kind.window)
             exact, _ = attention(q[layer], keys, values, spec, given_)

@@ -254,7 +254,8 @@ class Attention {
         return;
       }
       dot(q, q_stride_, count, rows_of(call_.k, tile.first + first), call_.k.token,
-          smaller(end * kLanes, tile.count) - first, scores_ + first, kTileKeys, call_.head_dim);
+          smaller(end * kLanes, tile.count) - first, scores_ + first, kTileKeys, call_.head_dim,
+          kAheadRows * call_.k.token);
       return;
     }
     for (int64_t j = begin; j < end;) {

@@ -10,6 +10,8 @@
 // and of its upper bits.
 #pragma once
 
+#include <initializer_list>
+
 #include "attention_pages.h"
 #include "attention_plan.h"
 #include "pack.h"
@@ -21,7 +23,7 @@ namespace foveal::FOVEAL_ISA {
 struct RowKernels {
   void (*widen)(const void* x, int64_t count, float* wide);
   void (*dot)(const float* q, ptrdiff_t q_stride, int rows, const void* k, ptrdiff_t k_stride,
-              int64_t count, float* s, ptrdiff_t s_stride, int64_t depth);
+              int64_t count, float* s, ptrdiff_t s_stride, int64_t depth, ptrdiff_t ahead);
   void (*multiply)(int rows, int columns, const float* p, ptrdiff_t p_stride, const void* v,
                    ptrdiff_t v_stride, float* out, ptrdiff_t out_stride, const float* factor,
                    int64_t depth);
@@ -34,12 +36,13 @@ inline constexpr RowKernels kRowKernels = {
       widen(static_cast<const Stored*>(x), count, 1, round_up(count, kLanes), wide);
     },
     [](const float* q, ptrdiff_t q_stride, int rows, const void* k, ptrdiff_t k_stride,
-       int64_t count, float* s, ptrdiff_t s_stride, int64_t depth) {
-      dot(q, q_stride, rows, static_cast<const Stored*>(k), k_stride, count, s, s_stride, depth);
+       int64_t count, float* s, ptrdiff_t s_stride, int64_t depth, ptrdiff_t ahead) {
+      dot<(sizeof(Stored) > 1)>(q, q_stride, rows, static_cast<const Stored*>(k), k_stride, count, s,
+                                s_stride, depth, ahead);
     },
     [](int rows, int columns, const float* p, ptrdiff_t p_stride, const void* v,
        ptrdiff_t v_stride, float* out, ptrdiff_t out_stride, const float* factor, int64_t depth) {
-      multiplier<Stored, sizeof(Stored) == 1 ? 0 : kAheadRows>(rows, columns)(
+      multiplier<Stored>(rows, columns)(
           p, p_stride, static_cast<const Stored*>(v), v_stride, out, out_stride, factor, depth);
     },
     sizeof(Stored),
@@ -52,9 +55,10 @@ class PagedRows {
       : x_(x),
         table_(pages.table + sequence * pages.columns),
         page_size_(pages.page_size),
+        num_rows_(pages.columns * pages.page_size),
         dim_(dim),
         codes_(static_cast<const char*>(x.codes) + head * x.head),
-        scale_(x.scale + head * x.scale_head),
+        scale_(x.scale ? x.scale + head * x.scale_head : nullptr),
         low_(x.low ? x.low + head * x.scale_head : nullptr) {
     switch (x.storage) {
       case Storage::kFloat32: halves_[0] = &kRowKernels<float>; break;
@@ -102,7 +106,7 @@ class PagedRows {
     for (const Run& run : Runs(*this, first, last)) {
       float* to = s + run.first - first;
       const float* x = x_.per_channel ? fold(q, q_stride, rows, run, room, whole) : q;
-      run.ask_ahead();
+      if (halves_[0]->bytes == 1) ask_ahead(run, 0, x_.token);
       dot(0, x, q_stride, rows, run, to, s_stride);
       if (num_halves_ == 2) {
         dot(1, x + half(), q_stride, rows, run, second, kTileKeys);
@@ -120,7 +124,6 @@ class PagedRows {
     float whole[kRows] = {};
     for (const Run& run : Runs(*this, first, last)) {
       float* weights = p + run.first - first;
-      run.ask_ahead();
       if (x_.per_channel) {
         multiply(weights, p_stride, rows, run, room, out_stride, nullptr);
         unfold(weights, p_stride, rows, run, room, out, out_stride, factor);
@@ -139,19 +142,21 @@ class PagedRows {
   }
 
  private:
-  // Neighbouring rows of one page.
+  // Neighbouring rows of one page, not more than what is asked for ahead.
   struct Run {
     int64_t first, count;
     const char* codes;
     const float *scale, *low;
-    const char* ahead;  // as many bytes of the pages that come later, null if they ask themselves
-    int64_t bytes;
-
-    void ask_ahead() const {
-      if (!ahead) return;
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
-    }
+    const char* ahead;  // rows that are read a little later
   };
+
+  // Asks for as many rows of what comes later: `bytes` of each from `first` on.
+  void ask_ahead(const Run& run, int64_t first, int64_t bytes) const {
+    for (int64_t j = 0; j < run.count; ++j) {
+      const char* row = run.ahead + j * x_.token + first;
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+    }
+  }
 
   class Runs {
    public:
@@ -162,7 +167,7 @@ class PagedRows {
       int64_t first, last;
       Run operator*() const { return rows.run(first, last); }
       void operator++() {
-        first = smaller(last, (first / rows.page_size_ + 1) * rows.page_size_);
+        first += rows.count_of(first, last);
       }
       bool operator!=(const Iterator& other) const { return first != other.first; }
     };
@@ -176,22 +181,38 @@ class PagedRows {
 
   int64_t half() const { return dim_ / num_halves_; }
 
+  const char* row(int64_t index) const {
+    return codes_ + table_[index / page_size_] * x_.page + index % page_size_ * x_.token;
+  }
+
+  int64_t count_of(int64_t first, int64_t last) const {
+    const int64_t left = smaller(last - first, page_size_ - first % page_size_);
+    return smaller(left, kAheadRows - first % page_size_ % kAheadRows);
+  }
+
+  // Where the scales begin that rows from here on have.
+  int64_t scales_of(int64_t index) const {
+    return table_[index / page_size_] * x_.scale_page +
+           (x_.per_channel ? 0 : index % page_size_);
+  }
+
   Run run(int64_t first, int64_t last) const {
-    const int64_t slot = first % page_size_, page = table_[first / page_size_];
-    const int64_t count = smaller(last - first, page_size_ - slot);
-    const int64_t scales = page * x_.scale_page + (x_.per_channel ? 0 : slot);
-    const char* codes = codes_ + page * x_.page + slot * x_.token;
-    return {first,          count,
-            codes,          scale_ + (x_.scale ? scales : 0),
-            low_ + (low_ ? scales : 0), halves_[0]->bytes == 1 ? codes + kAheadBytes : nullptr,
-            count * x_.token};
+    const int64_t count = count_of(first, last);
+    const int64_t later = smaller(first + kAheadRows, num_rows_ - 1);
+    if (!x_.scale) return {first, count, row(first), nullptr, nullptr, row(later)};
+    const int64_t scales = scales_of(first), size = x_.per_channel ? dim_ : count;
+    for (const float* list : {scale_, low_}) {
+      const char* next = reinterpret_cast<const char*>(list + (list ? scales_of(later) : 0));
+      for (int64_t i = 0; list && i < size * 4; i += 64) __builtin_prefetch(next + i, 0, 2);
+    }
+    return {first, count, row(first), scale_ + scales, low_ ? low_ + scales : nullptr, row(later)};
   }
 
   void dot(int which, const float* q, ptrdiff_t q_stride, int rows, const Run& run, float* s,
            ptrdiff_t s_stride) const {
     const RowKernels& kernels = *halves_[which];
     kernels.dot(q, q_stride, rows, run.codes, x_.token / kernels.bytes, run.count, s, s_stride,
-                half());
+                half(), (run.ahead - run.codes) / kernels.bytes);
   }
 
   static void add(int rows, int64_t count, const float* x, ptrdiff_t x_stride, float* to,
@@ -261,6 +282,7 @@ class PagedRows {
       const RowKernels& kernels = *halves_[h];
       for (int64_t d = 0; d < half(); d += kPanel) {
         const int columns = static_cast<int>(smaller(kColumns, (half() - d) / kLanes));
+        if (h == 0) ask_ahead(run, d * kernels.bytes, columns * kLanes * kernels.bytes);
         kernels.multiply(rows, columns, p, p_stride, run.codes + d * kernels.bytes,
                          x_.token / kernels.bytes, out + h * half() + d, out_stride, factor,
                          run.count);
@@ -283,11 +305,9 @@ class PagedRows {
     }
   }
 
-  static constexpr int64_t kAheadBytes = 4096;
-
   const Paged& x_;
   const int64_t* table_;
-  const int64_t page_size_, dim_;
+  const int64_t page_size_, num_rows_, dim_;
   const char* codes_;
   const float *scale_, *low_;
   const RowKernels* halves_[2] = {};

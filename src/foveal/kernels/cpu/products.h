@@ -71,8 +71,8 @@ Multiply<Element> multiplier(int rows, int columns) {
 
 // R queries with K neighbouring keys, of which `count` exist; depth is a multiple of kLanes. Writes
 // K scores for each query, those of missing keys without meaning. Asks for what lies `ahead` elements
-// further on, unless an element is a byte: one request for each would be too many.
-template <int R, int K, class Element>
+// further on, if kAhead.
+template <int R, int K, bool kAhead, class Element>
 void dot_block(const float* q, ptrdiff_t q_stride, const Element* k, ptrdiff_t k_stride,
                int64_t count, float* s, ptrdiff_t s_stride, int64_t depth, ptrdiff_t ahead) {
   static_assert(R * K % kLanes == 0 && kLanes % K == 0);
@@ -87,7 +87,7 @@ void dot_block(const float* q, ptrdiff_t q_stride, const Element* k, ptrdiff_t k
 #pragma GCC unroll 16
     for (int j = 0; j < K; ++j) {
       const F32 y = load(keys[j] + d);
-      if constexpr (sizeof(Element) > 1) __builtin_prefetch(keys[j] + d + ahead, 0, 2);
+      if constexpr (kAhead) __builtin_prefetch(keys[j] + d + ahead, 0, 2);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sums[r * K + j] += x[r] * y;
     }
@@ -107,11 +107,10 @@ void dot_block(const float* q, ptrdiff_t q_stride, const Element* k, ptrdiff_t k
 }
 
 // S[rows][count] of queries padded with zeros to a multiple of kLanes, and keys as they lie. S has
-// room for `count` rounded up to a multiple of kLanes.
-template <class Element>
+// room for `count` rounded up to a multiple of kLanes. `ahead` as above.
+template <bool kAhead = true, class Element>
 void dot(const float* q, ptrdiff_t q_stride, int rows, const Element* k, ptrdiff_t k_stride,
-         int64_t count, float* s, ptrdiff_t s_stride, int64_t depth) {
-  const ptrdiff_t ahead = kAheadRows * k_stride;
+         int64_t count, float* s, ptrdiff_t s_stride, int64_t depth, ptrdiff_t ahead) {
   constexpr int kSums = kRegisters == 32 ? 16 : 8;
   constexpr int kFew = kSums / 4 < kLanes ? kSums / 4 : kLanes;
   constexpr int kSome = kSums / 2 < kLanes ? kSums / 2 : kLanes;
@@ -124,18 +123,18 @@ void dot(const float* q, ptrdiff_t q_stride, int rows, const Element* k, ptrdiff
       float* y = s + r * s_stride + j;
       if (rows - r >= 4) {
         for (int i = 0; i < kMany && i < left; i += kFew) {
-          dot_block<4, kFew>(x, q_stride, keys + i * k_stride, k_stride, left - i, y + i, s_stride,
+          dot_block<4, kFew, kAhead>(x, q_stride, keys + i * k_stride, k_stride, left - i, y + i, s_stride,
                              depth, r ? 0 : ahead);
         }
         r += 4;
       } else if (rows - r >= 2) {
         for (int i = 0; i < kMany && i < left; i += kSome) {
-          dot_block<2, kSome>(x, q_stride, keys + i * k_stride, k_stride, left - i, y + i,
+          dot_block<2, kSome, kAhead>(x, q_stride, keys + i * k_stride, k_stride, left - i, y + i,
                               s_stride, depth, r ? 0 : ahead);
         }
         r += 2;
       } else {
-        dot_block<1, kMany>(x, q_stride, keys, k_stride, left, y, s_stride, depth,
+        dot_block<1, kMany, kAhead>(x, q_stride, keys, k_stride, left, y, s_stride, depth,
                             r ? 0 : ahead);
         r += 1;
       }

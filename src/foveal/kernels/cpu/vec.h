@@ -235,6 +235,16 @@ inline void transpose(F32 (&x)[kLanes]) {
   }
 }
 
+// Lanes of a where kBit is not set, of b where it is: as they are, and each pair swapped.
+template <int kBit>
+struct Blended {
+  static constexpr int of(int l) { return l & kBit ? kLanes + l : l; }
+};
+template <int kBit>
+struct Swapped {
+  static constexpr int of(int l) { return (l & kBit ? kLanes : 0) + (l ^ kBit); }
+};
+
 // Lane i of the result is the sum over the lanes of x[i]; every sum is taken in the same order.
 template <int kBit = 1>
 inline F32 sum_each(F32 (&x)[kLanes]) {
@@ -242,7 +252,8 @@ inline F32 sum_each(F32 (&x)[kLanes]) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; i += 2 * kBit) {
       const F32 a = x[i], b = x[i + kBit];
-      x[i] = shuffle<Lower<kBit>>(a, b, Lanes()) + shuffle<Upper<kBit>>(a, b, Lanes());
+      const F32 moved = shuffle<Swapped<kBit>>(a, b, Lanes());
+      x[i] = shuffle<Blended<kBit>>(a, b, Lanes()) + moved;
     }
     return sum_each<kBit * 2>(x);
   } else {
