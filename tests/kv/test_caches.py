@@ -67,7 +67,7 @@ class Stream:
             self.cache.truncate(length)
         except ArgumentError:
             window = self.kind.window
-            assert window is not None and int(self.next().max()) > window.size
+            assert window is not None and int(self.next().max()) >= window.size
             return
         self.positions = self.positions[:, :length]
         self.keys = [k[:, :, :length] for k in self.keys]
