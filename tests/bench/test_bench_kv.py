@@ -162,7 +162,8 @@ def test_memory_is_measured_as_far_as_the_cap_and_computed_beyond(
     assert rows["32,768", "whole text"].values["resident_bytes"] == 32_768 * token
     short = rows["4,096", "whole text"].values
     assert short["tensors_bytes"] == 4096 * token
-    assert 1 <= short["resident_bytes"] / short["tensors_bytes"] < 1.3
+    # So little that what the process has ready, or gives back, counts.
+    assert 0.8 < short["resident_bytes"] / short["tensors_bytes"] < 1.3
     streams = {f.values["tensors_bytes"] for (_, style), f in rows.items() if style == "stream"}
     assert len(streams) == 1 and streams.pop() < 4096 * token
 

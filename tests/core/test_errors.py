@@ -10,7 +10,7 @@ from foveal.core.errors import ArgumentError, BudgetExceeded, FovealError, Unsup
 
 def test_every_error_is_a_foveal_error() -> None:
     found = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
-    assert len(found) == 8
+    assert len(found) == 9
     assert all(issubclass(error, FovealError) for error in found)
 
 

@@ -112,7 +112,7 @@ def test_pages_go_to_a_file_and_come_back(llm: LLM, tmp_path: Path) -> None:
     first = on_disk.logits(TEXT * 2)
     assert torch.equal(first, in_memory.logits(TEXT * 2))
     cold, frozen = on_disk.stats.cache.tiers
-    assert cold.num_pages and frozen.num_pages and frozen.hits
+    assert cold.num_pages and cold.hits and frozen.num_pages and frozen.moves
     assert on_disk.need.disk_bytes == 2**19 and in_memory.need.disk_bytes == 0
     with pytest.raises(LoadError, match="in use"):
         on_disk.fork()

@@ -113,7 +113,8 @@ def test_the_estimate_of_a_step_holds(llm: LLM) -> None:
         session.feed(TEXT)
         fresh = session.fork()  # its scratch memory is yet to be allocated
         taken = counted_peak(lambda: fresh.feed("x" * chunk))  # noqa: B023
-        assert taken <= session.need.step_bytes <= 20 * taken
+        assert taken <= session.need.step_bytes
+        assert chunk == 1 or session.need.step_bytes <= 20 * taken, "of a step worth estimating"
 
 
 def test_generates_what_a_prompt_would(llm: LLM) -> None:

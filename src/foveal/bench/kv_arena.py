@@ -98,7 +98,8 @@ def _decode(view: PagedView, q: torch.Tensor, arena: Arena) -> torch.Tensor:
     view.store.arena = arena
     last = view.lengths.unsqueeze(1) - 1
     with torch.inference_mode():
-        return attend_view(q, view, SPEC, q_positions=last)
+        # By name, because the native kernel reads pages where they lie and needs no scratch memory.
+        return attend_view(q, view, SPEC, q_positions=last, backend="fused")
 
 
 def _page_faults() -> int:
