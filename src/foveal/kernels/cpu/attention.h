@@ -53,6 +53,10 @@ struct AttentionForward {
   // default positions.
   const Pages* pages;
   const uint8_t* in_order;
+  // For the backward pass, laid out as lse, or null: each row's largest score, in the kernel's own
+  // unit, and the sum of the weights relative to it; -inf and 0 where nothing is visible.
+  float* tops;
+  float* weights;
 };
 
 }  // namespace foveal

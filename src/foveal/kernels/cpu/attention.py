@@ -52,7 +52,7 @@ class Beside:
     kv_bounds: torch.Tensor | None = None
 
 
-CALL = Struct("20q 10q 4q 4q 8q 2d 6q 16x")
+CALL = Struct("20q 10q 4q 4q 8q 2d 6q 32x")
 """`AttentionForward` in attention.h, field by field: the tensors q, k, v, out and lse (address and
 strides of batch, head and token), mask and bias (address and four strides), positions of queries
 and keys (address and stride of the batch), four lists, sizes, numbers, and room

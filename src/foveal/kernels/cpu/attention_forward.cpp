@@ -21,6 +21,7 @@
 #include "attention_plan.h"
 #include "exp.h"
 #include "pages.h"
+#include "scores.h"
 #include "scratch.h"
 #include "threads.h"
 #include "visibility.h"
@@ -32,13 +33,6 @@ namespace {
 constexpr int64_t kChunkKeys = 32;  // values read as they lie: keys of one product, kept in cache
 constexpr int64_t kDirectRows = 8;  // with at most so many rows nothing is packed
 
-constexpr float kNone = -__builtin_inff();
-
-inline F32 indices() {
-  F32 x;
-  for (int i = 0; i < kLanes; ++i) x[i] = static_cast<float>(i);
-  return x;
-}
 // o, m and l of a task's rows.
 struct Sums {
   float* out;
@@ -46,34 +40,18 @@ struct Sums {
   float* weight;
 };
 
-struct Tile {
-  int64_t first, count;
-  int64_t low, high;  // the keys, counted from `first`, that any row may see
-  Sight sight;        // where keys have given positions
-  bool packed;
-};
-
 template <class Element>
-class Attention {
+class Attention : Scores {
  public:
   Attention(const AttentionForward& call, const Task& task)
-      : call_(call),
-        task_(task),
-        sequence_(call, task.sequence),
-        group_(call.heads / call.kv_heads),
-        rows_((task.q_end - task.q_begin) * group_),
-        q_stride_(round_up(call.head_dim, kLanes)),
+      : Scores(call, task),
         out_stride_(round_up(call.value_dim, kAlign)),
         stride_(larger(q_stride_, out_stride_) + kLanes),
         direct_(sequence_.q_len * group_ <= kDirectRows && call.head_dim % kLanes == 0 &&
-                call.value_dim % kLanes == 0 && (!call.pages || in_place(call))),
-        ordered_(!sequence_.kv_positions),
-        bare_(call.softcap == 0 && !call.alibi && !call.bias.data),
-        unit_(bare_ && __builtin_fabs(call.scale) > 1e-20 ? static_cast<float>(__builtin_fabs(call.scale)) : 1),
-        exp_(unit_ * kLog2E) {
+                call.value_dim % kLanes == 0 && (!call.pages || in_place(call))) {
     reserve();
     locate_queries();
-    load_queries();
+    load_queries<Element>();
   }
 
   void run(RowSet* row_sets) {
@@ -122,40 +100,6 @@ class Attention {
     rows_of_tile_ = room.take<float>(paged * stride_);
   }
 
-  void locate_queries() {
-    together_ = {0, 0, 0};
-    for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t i = query(r);
-      positions_[r] = sequence_.q_position(i);
-      seen_[r] = Seen{0, 0, 0};
-      extent_.include(positions_[r], sequence_.is_pad(i));
-      if (sequence_.is_pad(i)) continue;
-      seen_[r] = ordered_ ? seen_by(call_, positions_[r], positions_[r], sequence_.limit)
-                          : Seen{0, 0, sequence_.limit};
-      together_.include(seen_[r]);
-    }
-  }
-
-  void load_queries() {
-    const double scale = call_.scale / unit_;
-    const double factor = call_.softcap != 0 ? scale / call_.softcap : scale;
-    const Element* q = static_cast<const Element*>(call_.q.data) + start(call_.q, sequence_.q_start);
-    for (int64_t r = 0; r < rows_; ++r) {
-      widen(q + head(r) * call_.q.head + query(r) * call_.q.token, call_.head_dim,
-            static_cast<float>(factor), q_stride_, queries_ + r * q_stride_);
-    }
-  }
-
-  int64_t query(int64_t r) const { return task_.q_begin + r / group_; }
-  int64_t head(int64_t r) const { return task_.kv_head * group_ + r % group_; }
-  int64_t start(const Strided& x, int64_t first) const {
-    return (call_.q_bounds ? 0 : task_.sequence * x.batch) + first * x.token;
-  }
-  const Element* rows_of(const Strided& x, int64_t key) const {
-    return static_cast<const Element*>(x.data) + start(x, sequence_.kv_start) +
-           task_.kv_head * x.head + key * x.token;
-  }
-
   // ---- walking over the keys
 
   void compute(const Sums& sums) {
@@ -188,14 +132,6 @@ class Attention {
       if (!ordered_) tile.sight = classify(call_, extent_, extent_of(tile));
       if (tile.sight != Sight::kHidden) visit(tile, sums);
     }
-  }
-
-  Extent extent_of(const Tile& tile) const {
-    Extent extent;
-    for (int64_t j = tile.first; j < tile.first + tile.count; ++j) {
-      extent.include(sequence_.kv_positions[j], sequence_.kv_positions[j] < 0);
-    }
-    return extent;
   }
 
   void visit(Tile& tile, const Sums& sums) {
@@ -236,8 +172,8 @@ class Attention {
       pack_values(rows_of_tile_, stride_, tile.count, call_.value_dim, kTileKeys, values_);
       return;
     }
-    pack_keys(rows_of(call_.k, tile.first), call_.k.token, tile.count, call_.head_dim, keys_);
-    pack_values(rows_of(call_.v, tile.first), call_.v.token, tile.count, call_.value_dim,
+    pack_keys(rows_of<Element>(call_.k, tile.first), call_.k.token, tile.count, call_.head_dim, keys_);
+    pack_values(rows_of<Element>(call_.v, tile.first), call_.v.token, tile.count, call_.value_dim,
                 kTileKeys, values_);
   }
 
@@ -253,7 +189,7 @@ class Attention {
                            kTileKeys, rows_of_tile_);
         return;
       }
-      dot(q, q_stride_, count, rows_of(call_.k, tile.first + first), call_.k.token,
+      dot(q, q_stride_, count, rows_of<Element>(call_.k, tile.first + first), call_.k.token,
           smaller(end * kLanes, tile.count) - first, scores_ + first, kTileKeys, call_.head_dim,
           kAheadRows * call_.k.token);
       return;
@@ -265,103 +201,6 @@ class Attention {
                                                            scores_ + j * kLanes, kTileKeys,
                                                            nullptr, call_.head_dim);
       j = stop;
-    }
-  }
-
-  // What stands between a product and its score, and what hides it.
-  void adjust(const Tile& tile, int64_t row, float* s, int64_t begin, int64_t end) {
-    if (!bare_) add_terms(tile, row, s, begin, end);
-    if (call_.mask.data) hide_by_mask(tile, row, s, begin, end);
-    if (ordered_ || tile.sight == Sight::kFull) {
-      hide_outside(tile, seen_[row], s, begin, end);
-    } else {
-      hide_by_position(tile, row, s, begin, end);
-    }
-  }
-
-  void add_terms(const Tile& tile, int64_t row, float* s, int64_t begin, int64_t end) {
-    if (call_.softcap != 0) {
-      const float cap = static_cast<float>(call_.softcap);
-      for (int64_t j = begin; j < end; ++j) {
-        store(s + j * kLanes, tanh(load(s + j * kLanes)) * cap);
-      }
-    }
-    if (call_.alibi) {
-      const float slope = call_.alibi[head(row)];
-      if (ordered_) {
-        const F32 first = indices() + static_cast<float>(tile.first - positions_[row]);
-        for (int64_t j = begin; j < end; ++j) {
-          const F32 distance = first + static_cast<float>(j * kLanes);
-          store(s + j * kLanes, load(s + j * kLanes) + distance * slope);
-        }
-      } else {
-        for (int64_t j = begin * kLanes; j < smaller(end * kLanes, tile.count); ++j) {
-          const int64_t position = sequence_.kv_positions[tile.first + j];
-          s[j] += static_cast<float>(position - positions_[row]) * slope;
-        }
-      }
-    }
-    if (call_.bias.data) {
-      const float* bias = static_cast<const float*>(call_.bias.data) + pair(call_.bias, tile, row);
-      const int64_t step = call_.bias.key;
-      for (int64_t j = begin * kLanes; j < smaller(end * kLanes, tile.count); ++j) {
-        s[j] = bias[j * step] == kNone ? kNone : s[j] + bias[j * step];
-      }
-    }
-  }
-
-  int64_t pair(const Pairs& x, const Tile& tile, int64_t row) const {
-    return task_.sequence * x.batch + head(row) * x.head + query(row) * x.query +
-           tile.first * x.key;
-  }
-
-  bool any_visible(const Tile& tile, int64_t row, int count, int64_t low, int64_t high) const {
-    for (int r = 0; r < count; ++r) {
-      const uint8_t* mask =
-          static_cast<const uint8_t*>(call_.mask.data) + pair(call_.mask, tile, row + r);
-      uint8_t any = 0;
-      for (int64_t j = low; j < high; ++j) any |= mask[j * call_.mask.key];
-      if (any) return true;
-    }
-    return false;
-  }
-
-  void hide_by_mask(const Tile& tile, int64_t row, float* s, int64_t begin, int64_t end) const {
-    const uint8_t* mask =
-        static_cast<const uint8_t*>(call_.mask.data) + pair(call_.mask, tile, row);
-    const int64_t last = smaller(end * kLanes, tile.count);
-    if (call_.mask.key == 1) {
-      for (int64_t j = begin * kLanes; j < last; ++j) s[j] = mask[j] ? s[j] : kNone;
-    } else {
-      for (int64_t j = begin * kLanes; j < last; ++j) {
-        s[j] = mask[j * call_.mask.key] ? s[j] : kNone;
-      }
-    }
-  }
-
-  void hide_outside(const Tile& tile, const Seen& seen, float* s, int64_t begin,
-                    int64_t end) const {
-    if (seen.all_of(tile.first + begin * kLanes, tile.first + end * kLanes)) return;
-    const F32 sinks = splat(inside(seen.sinks - tile.first));
-    const F32 low = splat(inside(seen.begin - tile.first));
-    const F32 high = splat(inside(seen.end - tile.first));
-    F32 j = indices() + static_cast<float>(begin * kLanes);
-    for (int64_t i = begin; i < end; ++i) {
-      const I32 seen_here = (j < sinks) | ((j >= low) & (j < high));
-      store(s + i * kLanes, seen_here ? load(s + i * kLanes) : splat(kNone));
-      j += static_cast<float>(kLanes);
-    }
-  }
-  static float inside(int64_t j) {
-    return static_cast<float>(larger(0, smaller(j, kTileKeys)));
-  }
-
-  void hide_by_position(const Tile& tile, int64_t row, float* s, int64_t begin, int64_t end) {
-    const bool pad = sequence_.is_pad(query(row));
-    for (int64_t j = begin * kLanes; j < end * kLanes; ++j) {
-      const bool seen = !pad && j < tile.count &&
-                        sees(call_, positions_[row], sequence_.kv_positions[tile.first + j]);
-      s[j] = seen ? s[j] : kNone;
     }
   }
 
@@ -418,12 +257,12 @@ class Attention {
             paged_values().widen_rows(tile.first + j, depth, rows_of_tile_, stride_);
             weigh_carefully(rows_of_tile_, stride_, count, j, depth, d, out + d, scale);
           } else {
-            weigh_carefully(rows_of(call_.v, tile.first + j), call_.v.token, count, j, depth, d,
+            weigh_carefully(rows_of<Element>(call_.v, tile.first + j), call_.v.token, count, j, depth, d,
                             out + d, scale);
           }
         } else if (direct_) {
           multiplier<Element, kAheadRows>(count, columns)(
-              p, kTileKeys, rows_of(call_.v, tile.first + j) + d, call_.v.token, out + d,
+              p, kTileKeys, rows_of<Element>(call_.v, tile.first + j) + d, call_.v.token, out + d,
               out_stride_, scale, depth);
         } else {
           multiplier<float>(count, columns)(p, kTileKeys, values_ + d * kTileKeys + j * kPanel,
@@ -498,25 +337,18 @@ class Attention {
       }
     }
     const double lse = static_cast<double>(sums.top[r]) * unit_ + __builtin_log(sums.weight[r]);
-    float* to = static_cast<float*>(call_.lse.data) + start(call_.lse, sequence_.q_start) +
-                head(r) * call_.lse.head + query(r) * call_.lse.token;
-    *to = nothing ? kNone : static_cast<float>(lse);
+    const int64_t at = start(call_.lse, sequence_.q_start) + head(r) * call_.lse.head +
+                       query(r) * call_.lse.token;
+    static_cast<float*>(call_.lse.data)[at] = nothing ? kNone : static_cast<float>(lse);
+    if (call_.tops) {
+      call_.tops[at] = sums.top[r];
+      call_.weights[at] = sums.weight[r];
+    }
   }
 
-  const AttentionForward& call_;
-  const Task& task_;
-  const Sequence sequence_;
-  const int64_t group_, rows_, q_stride_, out_stride_;
-  const int64_t stride_;  // of rows_of_tile_
-  const bool direct_, ordered_, bare_;
-  const float unit_;  // of scores and of `top`: what they are multiplied by in the exponential
-  const Power exp_;
+  const int64_t out_stride_, stride_;  // the latter of rows_of_tile_
+  const bool direct_;
   bool careful_ = false;
-  Seen together_;     // by all rows
-  Extent extent_;     // of all rows
-  Seen* seen_;        // by each row
-  int64_t* positions_;
-  float* queries_;
   Sums sums_;
   float* scores_;
   float* keys_;

@@ -20,7 +20,7 @@ import torch  # noqa: F401  brings the OpenMP runtime that the library looks for
 import foveal.kernels.cpu
 from foveal.core.errors import ArgumentError
 
-VERSION = 5
+VERSION = 6
 """Of the library's functions and structures; a library that says another is not called."""
 
 _NAME = "libfoveal_cpu.so"
