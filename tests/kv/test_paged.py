@@ -200,3 +200,13 @@ def test_an_abandoned_step_keeps_no_page() -> None:
     cache.append(0, torch.zeros(1, 1, 9, 2), torch.zeros(1, 1, 9, 3))
     feed(cache, [3])
     assert cache.store.pool.stats().num_used == 1
+
+
+def test_nothing_is_needed_to_begin_again() -> None:
+    pages_of_one = store(20, 1)
+    cache = PagedCache(pages_of_one, window=Window(4))
+    feed(cache, list(range(6)))
+    with pytest.raises(ArgumentError, match="whose window is not evicted yet"):
+        cache.truncate(5)
+    cache.truncate(0)
+    assert cache.length == 0 and pages_of_one.pool.stats().num_used == 0

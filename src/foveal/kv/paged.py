@@ -145,6 +145,7 @@ class PagedCache:
         self._release_beyond()
         for table, end in zip(self.tables, ends, strict=True):
             del table.digests[end // self.store.page_size :]
+            table.evicted = min(table.evicted, end)
 
     def ends_at(self, length: int) -> list[int]:
         """Where each sequence ends once truncated to `length` slots; raises as `truncate`."""
@@ -153,8 +154,8 @@ class PagedCache:
         tokens: list[int] = self._slots.tokens_before(length).tolist()
         for table, end, now in zip(self.tables, tokens, self._slots.next.tolist(), strict=True):
             if self.window is not None and end < now:
-                first = end - self.window.size + 1
-                if table.evicted > max(first, 0):
+                first = max(0, end - self.window.size + 1)
+                if first < end and table.evicted > first:
                     accepted = f"the length {self.length}, or one whose window is not evicted yet"
                     raise ArgumentError("length", length, accepted)
         return tokens

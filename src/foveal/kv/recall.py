@@ -221,7 +221,8 @@ class RecallCache:
         """Forget every slot from `length` on, if the window before it has not retired yet."""
         ends = self._hot.ends_at(length)
         for table, end in zip(self._hot.tables, ends, strict=True):
-            if length < self.length and table.evicted > max(0, end - self.window.size + 1):
+            first = max(0, end - self.window.size + 1)
+            if length < self.length and first < end and table.evicted > first:
                 accepted = f"the length {self.length}, or one whose window has not retired yet"
                 raise ArgumentError("length", length, accepted)
         self._hot.truncate(length)
