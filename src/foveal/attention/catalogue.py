@@ -6,6 +6,6 @@ from foveal.attention.backends.flex import Flex
 from foveal.attention.backends.fused import Fused
 from foveal.attention.backends.unfused import Unfused
 
-BACKENDS: tuple[Backend, ...] = (Unfused(), Fused(), Flash(), Flex())
+BACKENDS: tuple[Backend, ...] = (Unfused(), Flash(), Fused(), Flex())
 
 BY_NAME: dict[str, Backend] = {backend.name: backend for backend in BACKENDS}
