@@ -5,6 +5,7 @@ call would take.
 """
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -236,6 +237,21 @@ def test_forward_in_the_dtypes_that_native_kernels_take(case: Case, dtype: torch
     exact_out, exact_lse = oracle.attention(*inputs, case.spec, operands)
     oracle.assert_close(out, exact_out, oracle.plain(*inputs, case.spec, operands), "out")
     oracle.assert_close(lse, exact_lse, exact_lse.float(), "lse")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name not in EMPTY], ids=str)
+def test_backward_in_a_dtype_that_native_kernels_take(case: Case) -> None:
+    *inputs, operands = case.tensors(torch.float32)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out, lse = flash.Flash().run(*leaves, case.spec, operands)
+        lse = lse.masked_fill(lse == -math.inf, 0.0)
+        (out.square().sum() + lse.sum()).backward()
+        found.append([x.grad for x in leaves])
+    for ours, exact in zip(*found, strict=True):
+        scale = float(exact.abs().max())
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e2])

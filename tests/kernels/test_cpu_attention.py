@@ -281,9 +281,9 @@ def test_result_is_laid_out_as_the_queries_are() -> None:
 
 def test_flash_says_which_kernels_it_would_use(monkeypatch: pytest.MonkeyPatch) -> None:
     made = spec(4, 2, 16, causal=True)
-    call = (torch.float32, "cpu", False)
+    call = (torch.float32, "cpu")
     assert native.obstacles(made, *call) == ()
-    assert native.obstacles(made, torch.float64, "cpu", False) == ("no native kernel for float64",)
+    assert native.obstacles(made, torch.float64, "cpu") == ("no native kernel for float64",)
     assert native.obstacles(made.replace(dropout=0.5), *call) == ("no native kernel with dropout",)
     monkeypatch.setattr(library, "VERSION", -1)
     library.load.cache_clear()

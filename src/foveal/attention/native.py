@@ -1,7 +1,7 @@
 """The native CPU kernels for attention: what they compute, what it costs, and how to call them.
 
-They serve the flash backend on CPUs in float32, bfloat16 and float16, all of a spec but dropout,
-where no gradient is needed.
+They serve the flash backend on CPUs in float32, bfloat16 and float16, forward and backward: all of
+a spec but dropout, and no gradient of a bias.
 What they cannot serve stays with the portable kernels, and `obstacles` says why.
 """
 
@@ -26,12 +26,14 @@ instructions take the unit that multiplies (see exp.h)."""
 _TILE_KEYS, _SPLIT_KEYS, _FEW_ROWS, _MANY_ROWS = 128, 1024, 64, 512
 """As attention_plan.h and attention_plan.cpp have them."""
 _PANEL_ROWS = 6
+_GRADIENT_PARTS = 4
 
 
 def obstacles(
-    spec: AttentionSpec, dtype: torch.dtype, device: str, needs_grad: bool
+    spec: AttentionSpec, dtype: torch.dtype, device: str, bias_grad: bool = False
 ) -> tuple[str, ...]:
-    """Why the native kernels do not serve a call; empty if they do."""
+    """Why the native kernels do not serve a call; empty if they do. `bias_grad`: a gradient of its
+    bias is needed."""
     found = []
     if device != "cpu":
         found.append(f"the native kernels run on the CPU, not on {device}")
@@ -39,10 +41,10 @@ def obstacles(
         found.append(f"no native kernel for {dtype_name(dtype)}")
     if spec.dropout:
         found.append("no native kernel with dropout")
-    if needs_grad:
-        # Where scores are large so is their rounding, and a backward pass that recomputes them must
-        # share it: the log-sum-exp of another kernel will not do.
-        found.append("no native backward pass, and the portable one needs its own forward pass")
+    if bias_grad:
+        # Nor can passes be mixed: where scores are large so is their rounding, and a backward pass
+        # that recomputes them must share it.
+        found.append("no native gradient of a bias")
     if native_isa() is None:
         found.append(f"native kernels: {native().detail}")
     return tuple(found)
@@ -56,12 +58,13 @@ def forward(
     operands: Operands,
     bounds: Bounds | None = None,
 ) -> Result:
-    """`out` [B, H, Lq, Dv] in q's dtype and `lse` float32 [B, H, Lq]; no gradients.
+    """`out` [B, H, Lq, Dv] in q's dtype and `lse` float32 [B, H, Lq].
 
-    With `bounds`, of packed sequences, [1, H, tokens, Dv] and [1, H, tokens].
+    With `bounds`, of packed sequences, [1, H, tokens, Dv] and [1, H, tokens]. Differentiable in q,
+    k and v, through both.
     """
-    if torch.compiler.is_compiling():
-        return _forward_as_operator(q, k, v, spec, operands)
+    if torch.compiler.is_compiling() or needs_grad(q, k, v):
+        return _forward_as_operator(q, k, v, spec, operands, bounds)
     beside = Beside(
         mask=operands.mask,
         bias=operands.bias,
@@ -74,15 +77,27 @@ def forward(
     return attention_forward(q, k, v, rules(spec), beside)
 
 
+def needs_grad(*inputs: torch.Tensor | None) -> bool:
+    """Whether autograd records what becomes of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
 def _forward_as_operator(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, operands: Operands
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec,
+    operands: Operands,
+    bounds: Bounds | None,
 ) -> Result:
-    out, lse = attention_operator(
+    out, lse, _, _ = attention_operator(
         q,
         k,
         v,
         *(operands.mask, operands.bias, operands.q_positions, operands.kv_positions),
-        *(operands.kv_lengths, None, None),
+        operands.kv_lengths,
+        None if bounds is None else torch.tensor(bounds.q),
+        None if bounds is None else torch.tensor(bounds.kv),
         *(spec.resolved_scale, spec.softcap, spec.causal, spec.left, spec.right),
         *(spec.chunk, spec.sinks, spec.alibi),
     )
@@ -91,7 +106,8 @@ def _forward_as_operator(
 
 def workspace_bytes(spec: AttentionSpec, workload: Workload) -> int:
     """What the threads keep at most (queries, sums and one tile of keys and values each, all in
-    float32), and the partial results where keys are divided among tasks."""
+    float32), and the partial results where keys are divided among tasks. With gradients, those of
+    the queries in float32, once for each part of the keys, which takes more than all the rest."""
     width, group = spec.head_dim + spec.value_dim, spec.group_size
     rows = workload.q_len * group
     scratch = (min(rows, max(_MANY_ROWS, group)) + _TILE_KEYS) * width * 4
@@ -100,6 +116,10 @@ def workspace_bytes(spec: AttentionSpec, workload: Workload) -> int:
         parts = -(-workload.kv_len // _SPLIT_KEYS)
         heads = workload.batch * spec.num_kv_heads
         total += heads * parts * rows * (spec.value_dim + 2) * 4
+    if workload.needs_grad:
+        queries = workload.batch * spec.num_heads * workload.q_len
+        parts = min(_GRADIENT_PARTS, -(-workload.kv_len // _SPLIT_KEYS))
+        total += queries * (parts * spec.head_dim + 2) * 4
     return total
 
 

@@ -41,7 +41,7 @@ class Queries:
 def obstacles(queries: Queries, view: View, spec: AttentionSpec) -> tuple[str, ...]:
     """Why the native kernels do not serve a view; empty if they do."""
     q = queries.q
-    found = list(native.obstacles(spec, q.dtype, q.device.type, False))
+    found = list(native.obstacles(spec, q.dtype, q.device.type))
     if spec.approximation is not Approximation.EXACT:
         found.append(f"computes exactly, not {spec.approximation.value}")
     if torch.is_grad_enabled() and (q.requires_grad or queries.far_q.requires_grad):

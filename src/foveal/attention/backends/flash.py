@@ -120,7 +120,7 @@ class Flash(OneByOne):
         operands: Operands,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.run`. Differentiable in q, k, v and the bias, through `out` and `lse`."""
-        if _is_native(spec, q, k, v, operands.bias):
+        if _is_native(spec, q, operands.bias):
             return native.forward(q, k, v, spec, operands)
         out, lse = _Flash.apply(q, k, v, operands.bias, spec, operands)  # type: ignore[no-untyped-call]
         return out, lse
@@ -134,20 +134,19 @@ class Flash(OneByOne):
         operands: Operands,
         bounds: Bounds,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Backend.run_packed`. In one call where no gradient is needed."""
-        if _is_native(spec, q, k, v):
+        """See `Backend.run_packed`. In one call where the native kernels serve it."""
+        if _is_native(spec, q):
             return native.forward(q, k, v, spec, operands, bounds)
         return super().run_packed(q, k, v, spec, operands, bounds)
 
 
-def _is_native(spec: AttentionSpec, q: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    inputs = (q, *others)
-    needs_grad = any(x is not None and x.requires_grad for x in inputs) and torch.is_grad_enabled()
-    return not native.obstacles(spec, q.dtype, q.device.type, needs_grad)
+def _is_native(spec: AttentionSpec, q: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    return not native.obstacles(spec, q.dtype, q.device.type, native.needs_grad(bias))
 
 
 def _obstacles(spec: AttentionSpec, workload: Workload) -> tuple[str, ...]:
-    return native.obstacles(spec, workload.dtype, workload.device, workload.needs_grad)
+    bias_grad = "bias_grad" in workload.operands and workload.needs_grad
+    return native.obstacles(spec, workload.dtype, workload.device, bias_grad)
 
 
 def sizes(spec: AttentionSpec, q_len: int, kv_len: int) -> Sizes:

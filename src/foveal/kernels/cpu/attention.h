@@ -59,4 +59,12 @@ struct AttentionForward {
   float* weights;
 };
 
+// What the backward pass takes beside a call of the forward pass with its results, and what it gives.
+struct AttentionBackward {
+  AttentionForward forward;  // with tops and weights, laid out as lse, and no pages
+  Strided d_out;
+  Strided d_lse;  // float32
+  Strided dq, dk, dv;
+};
+
 }  // namespace foveal

@@ -31,7 +31,6 @@ namespace foveal::FOVEAL_ISA {
 namespace {
 
 constexpr int64_t kChunkKeys = 32;  // values read as they lie: keys of one product, kept in cache
-constexpr int64_t kDirectRows = 8;  // with at most so many rows nothing is packed
 
 // o, m and l of a task's rows.
 struct Sums {
@@ -47,8 +46,7 @@ class Attention : Scores {
       : Scores(call, task),
         out_stride_(round_up(call.value_dim, kAlign)),
         stride_(larger(q_stride_, out_stride_) + kLanes),
-        direct_(sequence_.q_len * group_ <= kDirectRows && call.head_dim % kLanes == 0 &&
-                call.value_dim % kLanes == 0 && (!call.pages || in_place(call))) {
+        direct_(few() && (!call.pages || in_place(call))) {
     reserve();
     locate_queries();
     load_queries<Element>();

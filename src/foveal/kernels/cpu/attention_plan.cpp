@@ -47,7 +47,7 @@ struct Cutter {
   }
 
   void cut_keys(const Sequence& sequence, Task task, bool few) {
-    const Seen seen = seen_by_all(sequence, task);
+    const Seen seen = seen_by_all(call, sequence, task.q_begin, task.q_end);
     const size_t first = tasks.size();
     const int64_t step = few ? kSplitKeys : larger(1, sequence.limit);
     for (int64_t begin = 0; begin < sequence.limit; begin += step) {
@@ -83,20 +83,6 @@ struct Cutter {
       }
     }
   }
-
-  Seen seen_by_all(const Sequence& sequence, const Task& task) const {
-    if (sequence.kv_positions) return {0, 0, sequence.limit};
-    Seen seen{0, 0, 0};
-    if (!sequence.q_positions) {
-      return seen_by(call, sequence.q_position(task.q_begin), sequence.q_position(task.q_end - 1),
-                     sequence.limit);
-    }
-    for (int64_t i = task.q_begin; i < task.q_end; ++i) {
-      const int64_t q = sequence.q_position(i);
-      if (!sequence.is_pad(i)) seen.include(seen_by(call, q, q, sequence.limit));
-    }
-    return seen;
-  }
 };
 
 template <class T>
@@ -106,13 +92,30 @@ T* copy(const std::vector<T>& from) {
   return to;
 }
 
+void sort_by_cost(std::vector<Task>& tasks) {
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const Task& a, const Task& b) { return a.cost > b.cost; });
+}
+
+// About how many pairs of queries and keys the backward pass of a task computes.
+int64_t pairs_seen(const AttentionForward& call, const Sequence& sequence, const Task& task) {
+  constexpr int64_t kStep = 96;
+  int64_t pairs = 0;
+  for (int64_t begin = 0; begin < sequence.q_len; begin += kStep) {
+    const int64_t end = smaller(begin + kStep, sequence.q_len);
+    int64_t low = task.kv_begin, high = task.kv_end;
+    seen_by_all(call, sequence, begin, end).clip(&low, &high);
+    pairs += (end - begin) * (high - low);
+  }
+  return pairs;
+}
+
 }  // namespace
 
 Plan* make_plan(const AttentionForward& call) {
   Cutter cutter{call, choose_rows(call), {}, {}};
   for (int64_t i = 0; i < call.batch; ++i) cutter.cut_sequence(i);
-  std::stable_sort(cutter.tasks.begin(), cutter.tasks.end(),
-                   [](const Task& a, const Task& b) { return a.cost > b.cost; });
+  sort_by_cost(cutter.tasks);
   int64_t floats = 0;
   for (const RowSet& rows : cutter.row_sets) floats += rows.partial_size * rows.num_parts;
   // The partial results lie behind the list of those who share them.
@@ -126,6 +129,22 @@ Plan* make_plan(const AttentionForward& call) {
   std::copy(cutter.row_sets.begin(), cutter.row_sets.end(), reinterpret_cast<RowSet*>(room));
   return new Plan{copy(cutter.tasks), static_cast<int64_t>(cutter.tasks.size()),
                   reinterpret_cast<RowSet*>(room)};
+}
+
+Plan* plan_backward(const AttentionForward& call) {
+  std::vector<Task> tasks;
+  for (int64_t i = 0; i < call.batch; ++i) {
+    const Sequence sequence(call, i);
+    Task task{i, 0, 0, sequence.q_len, 0, 0, -1, 0, 0};
+    for (; task.kv_end < sequence.kv_len; ++task.part) {
+      task.kv_begin = task.kv_end;
+      task.kv_end = smaller(task.kv_begin + keys_of_part(sequence.kv_len), sequence.kv_len);
+      task.cost = pairs_seen(call, sequence, task);
+      for (task.kv_head = 0; task.kv_head < call.kv_heads; ++task.kv_head) tasks.push_back(task);
+    }
+  }
+  sort_by_cost(tasks);
+  return new Plan{copy(tasks), static_cast<int64_t>(tasks.size()), nullptr};
 }
 
 void free_plan(Plan* plan) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "visibility.h"
 
 namespace foveal {
 
@@ -39,6 +40,18 @@ struct Plan {
 };
 
 Plan* make_plan(const AttentionForward& call);
+// Of the backward pass: every task has all queries, and a part of the keys.
+Plan* plan_backward(const AttentionForward& call);
 void free_plan(Plan* plan);
+
+namespace {
+
+// Keys of a part: there are at most four, as each has a dq of its own.
+inline int64_t keys_of_part(int64_t kv_len) {
+  constexpr int64_t kMostParts = 4;
+  return larger(kSplitKeys, round_up(divide_up(kv_len, kMostParts), kTileKeys));
+}
+
+}  // namespace
 
 }  // namespace foveal

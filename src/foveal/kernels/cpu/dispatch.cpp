@@ -42,7 +42,7 @@ using namespace foveal;
 
 // To be raised whenever a structure or a function here changes: the binding compares it with its
 // own, so that a library from an older build is refused instead of called.
-FOVEAL_EXPORT int64_t foveal_version() { return 6; }
+FOVEAL_EXPORT int64_t foveal_version() { return 7; }
 
 // The name of the i-th instruction set that this processor can run, best last; null behind the last.
 FOVEAL_EXPORT const char* foveal_isa_name(int64_t i) {
@@ -73,6 +73,11 @@ FOVEAL_EXPORT void foveal_evaluate(int64_t function, const float* x, float* y, i
 
 FOVEAL_EXPORT void foveal_attention_forward(const AttentionForward* call) {
   in_use->attention_forward(*call);
+}
+
+// Whether there was enough memory.
+FOVEAL_EXPORT bool foveal_attention_backward(const AttentionBackward* call) {
+  return in_use->attention_backward(*call);
 }
 
 FOVEAL_EXPORT void foveal_attention_pages(const AttentionForward* call, const Pages* pages) {

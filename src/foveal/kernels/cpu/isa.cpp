@@ -7,6 +7,7 @@ namespace foveal {
 namespace FOVEAL_ISA {
 
 void attention_forward(const AttentionForward& call);
+bool attention_backward(const AttentionBackward& call);
 void linear(const Linear& linear, const Activations& in, int64_t num_threads);
 void rms_norm(const RmsNorm& call, int64_t num_threads);
 void rotate(const Rotate& call, int64_t num_threads);
@@ -64,6 +65,7 @@ const Kernels FOVEAL_TABLE(FOVEAL_ISA) = {
     FOVEAL_ISA::runs_here,
     FOVEAL_ISA::evaluate,
     FOVEAL_ISA::attention_forward,
+    FOVEAL_ISA::attention_backward,
     FOVEAL_ISA::linear,
     FOVEAL_ISA::rms_norm,
     FOVEAL_ISA::rotate,

@@ -17,6 +17,7 @@ struct Kernels {
   bool (*runs_here)();
   void (*evaluate)(Function function, const float* x, float* y, int64_t count);
   void (*attention_forward)(const AttentionForward& call);
+  bool (*attention_backward)(const AttentionBackward& call);
   void (*linear)(const Linear& linear, const Activations& in, int64_t num_threads);
   void (*rms_norm)(const RmsNorm& call, int64_t num_threads);
   void (*rotate)(const Rotate& call, int64_t num_threads);

@@ -20,7 +20,7 @@ import torch  # noqa: F401  brings the OpenMP runtime that the library looks for
 import foveal.kernels.cpu
 from foveal.core.errors import ArgumentError
 
-VERSION = 6
+VERSION = 7
 """Of the library's functions and structures; a library that says another is not called."""
 
 _NAME = "libfoveal_cpu.so"
@@ -51,6 +51,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     library.foveal_use_isa.restype = library.foveal_has_threads.restype = ctypes.c_bool
     library.foveal_evaluate.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 2, ctypes.c_int64]
     library.foveal_evaluate.restype = library.foveal_attention_forward.restype = None
+    library.foveal_attention_backward.restype = ctypes.c_bool
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.foveal_attention_pages.argtypes = [pointer, pointer]
     library.foveal_attention_pages.restype = None

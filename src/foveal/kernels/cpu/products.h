@@ -19,9 +19,10 @@ inline constexpr int kColumns = kRegisters == 32 ? 4 : 2;
 inline constexpr int kPanel = kColumns * kLanes;
 inline constexpr int kAheadRows = 32;  // of keys or values read as they lie
 
-// With kAhead, rows of B that many further on are asked for: into the second level of cache, which can
-// wait for more of them at a time than the first (10 against 18 GB/s of one core, Zen 4).
-template <int R, int C, int kAhead, class Element>
+// With kTransposed, A lies column by column. With kAhead, rows of B that many further on are asked
+// for: into the second level of cache, which can wait for more of them at a time than the first (10
+// against 18 GB/s of one core, Zen 4).
+template <int R, int C, int kAhead, class Element, bool kTransposed>
 void multiply(const float* a, ptrdiff_t a_stride, const Element* b, ptrdiff_t b_stride, float* c,
               ptrdiff_t c_stride, const float* factor, int64_t depth) {
   F32 sums[R][C] = {};
@@ -36,7 +37,7 @@ void multiply(const float* a, ptrdiff_t a_stride, const Element* b, ptrdiff_t b_
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const F32 x = splat(a[r * a_stride + d]);
+      const F32 x = splat(kTransposed ? a[d * a_stride + r] : a[r * a_stride + d]);
 #pragma GCC unroll 4
       for (int j = 0; j < C; ++j) sums[r][j] += x * row[j];
     }
@@ -56,13 +57,14 @@ using Multiply = void (*)(const float*, ptrdiff_t, const Element*, ptrdiff_t, fl
                           const float*, int64_t);
 
 // The micro-kernel for so many rows and vectors of columns.
-template <class Element, int kAhead = 0>
+template <class Element, int kAhead = 0, bool kTransposed = false>
 Multiply<Element> multiplier(int rows, int columns) {
   constexpr int kThird = kColumns == 4 ? 3 : 1, kFourth = kColumns == 4 ? 4 : 1;
   static constexpr Multiply<Element> table[kRows][4] = {
-#define FOVEAL_ROW(R)                                                            \
-  {multiply<R, 1, kAhead, Element>, multiply<R, 2, kAhead, Element>,             \
-   multiply<R, kThird, kAhead, Element>, multiply<R, kFourth, kAhead, Element>}
+#define FOVEAL_ROW(R)                                                                        \
+  {multiply<R, 1, kAhead, Element, kTransposed>, multiply<R, 2, kAhead, Element, kTransposed>, \
+   multiply<R, kThird, kAhead, Element, kTransposed>,                                          \
+   multiply<R, kFourth, kAhead, Element, kTransposed>}
       FOVEAL_ROW(1), FOVEAL_ROW(2), FOVEAL_ROW(3), FOVEAL_ROW(4), FOVEAL_ROW(5), FOVEAL_ROW(6),
 #undef FOVEAL_ROW
   };

@@ -13,12 +13,29 @@ namespace foveal::FOVEAL_ISA {
 namespace {
 
 constexpr float kNone = -__builtin_inff();
+constexpr int64_t kDirectRows = 8;  // with at most so many rows keys are read as they lie
 
 inline F32 indices() {
   F32 x;
   for (int i = 0; i < kLanes; ++i) x[i] = static_cast<float>(i);
   return x;
 }
+
+// Whether scores are nothing but products: then the scale is applied within the exponential.
+inline bool is_bare(const AttentionForward& call) {
+  return call.softcap == 0 && !call.alibi && !call.bias.data;
+}
+// What scores, and the largest of a row, are multiplied by in the exponential.
+inline float unit_of(const AttentionForward& call) {
+  const double size = __builtin_fabs(call.scale);
+  return is_bare(call) && size > 1e-20 ? static_cast<float>(size) : 1;
+}
+// What queries are multiplied by.
+inline float query_factor(const AttentionForward& call) {
+  const double scale = call.scale / unit_of(call);
+  return static_cast<float>(call.softcap != 0 ? scale / call.softcap : scale);
+}
+
 struct Tile {
   int64_t first, count;
   int64_t low, high;  // the keys, counted from `first`, that any row may see
@@ -37,12 +54,16 @@ class Scores {
         rows_((task.q_end - task.q_begin) * group_),
         q_stride_(round_up(call.head_dim, kLanes)),
         ordered_(!sequence_.kv_positions),
-        bare_(call.softcap == 0 && !call.alibi && !call.bias.data),
-        unit_(bare_ && __builtin_fabs(call.scale) > 1e-20
-                  ? static_cast<float>(__builtin_fabs(call.scale))
-                  : 1),
-        factor_(static_cast<float>(call.scale / unit_ / (call.softcap != 0 ? call.softcap : 1))),
+        bare_(is_bare(call)),
+        unit_(unit_of(call)),
+        factor_(query_factor(call)),
         exp_(unit_ * kLog2E) {}
+
+  // Whether keys of contiguous rows are multiplied as they lie, by `dot`.
+  bool few() const {
+    return sequence_.q_len * group_ <= kDirectRows && call_.head_dim % kLanes == 0 &&
+           call_.value_dim % kLanes == 0;
+  }
 
   void locate_queries() {
     together_ = {0, 0, 0};

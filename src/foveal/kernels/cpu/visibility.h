@@ -129,6 +129,21 @@ inline Seen seen_by(const AttentionForward& call, int64_t low, int64_t high, int
   return seen;
 }
 
+// What queries [begin, end) of a sequence may see together.
+inline Seen seen_by_all(const AttentionForward& call, const Sequence& sequence, int64_t begin,
+                        int64_t end) {
+  if (sequence.kv_positions) return {0, 0, sequence.limit};
+  if (!sequence.q_positions) {
+    return seen_by(call, sequence.q_position(begin), sequence.q_position(end - 1), sequence.limit);
+  }
+  Seen seen{0, 0, 0};
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t q = sequence.q_position(i);
+    if (!sequence.is_pad(i)) seen.include(seen_by(call, q, q, sequence.limit));
+  }
+  return seen;
+}
+
 enum class Sight { kHidden, kPartial, kFull };
 
 // What the queries in `q` see of the keys in `k`, at whatever positions.
